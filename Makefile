@@ -1,0 +1,43 @@
+# Every target sets up what it needs: Python 3.11, make and a package index are enough.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test check proto test-vllm clean
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "KV Atlas needs Python 3.11 or later; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "setting up $(VENV) (once, about a minute)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready ## make the virtual environment
+
+demo: setup ## three simulated engines: the same prompt finds its engine again; precise against random
+	@$(BIN)/kvatlas demo
+
+up: setup ## indexer and router in one process, with three simulated engines
+	@$(BIN)/kvatlas up --simulate 3
+
+test: setup ## all tests that need nothing installed
+	@$(BIN)/python -m pytest -q
+
+check: setup ## ruff, mypy, import contracts, generated stubs
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python libs/common/kvatlas_common/proto/generate.py --check
+
+proto: setup ## generate the gRPC stubs anew
+	@$(BIN)/python libs/common/kvatlas_common/proto/generate.py
+
+test-vllm: setup ## the acceptance on real vLLM engines (KVATLAS_VLLM names its virtual environment)
+	@$(BIN)/python -m pytest -q -m vllm tests/live -s
+
+clean: ## forget the virtual environment and what was built
+	rm -rf $(VENV) build dist

@@ -1,0 +1,99 @@
+"""The fleet as one value: what is known of every engine at a moment.
+
+An indexer shard builds it (from discovery, probes and event streams) and sends it over `WatchFleet`; a router builds it
+from that, or from its own list. `EngineView` is immutable: a change is a new view, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from kvatlas_common.words import EngineId
+
+
+class Health(StrEnum):
+    """Whether requests may be sent to an engine."""
+
+    UNKNOWN = "unknown"  # never probed: usable, but any ready engine goes first
+    READY = "ready"
+    DOWN = "down"  # probes fail, or its lease ran out
+
+
+class Sync(StrEnum):
+    """How far the index can be believed about an engine. Unknown is not empty."""
+
+    UNKNOWN = "unknown"  # no event stream seen yet
+    SYNCING = "syncing"  # replaying what was missed
+    EXACT = "exact"
+    INEXACT = "inexact"  # usable, but `inexact_reason` says what is missing
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One LoRA adapter as `/v1/models` lists it: served under `name`; `path` is its `root`; `number` its place, from 1."""
+
+    name: str
+    path: str | None = None
+    number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """An engine's own figures, scraped from `/metrics`. `kv_usage` is 0..1; `scraped_at` in seconds since the epoch."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    scraped_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """What is known of one engine (one rank)."""
+
+    id: EngineId
+    url: str  # base URL of its HTTP API, without a trailing slash
+    models: frozenset[str] = frozenset()  # served model names, adapters included; empty: not known yet
+    adapters: tuple[Adapter, ...] = ()
+    root: str | None = None  # path or hub name of the model's files, as `/v1/models` gives it
+    health: Health = Health.UNKNOWN
+    load: Load = Load()
+    profile: str | None = None  # `HashProfile.name` its keys are made with; None: not known yet
+    profile_verified: bool = False
+    block_size: int | None = None
+    sync: Sync = Sync.UNKNOWN
+    inexact_reason: str = ""
+    max_model_len: int | None = None
+
+    def serves(self, model: str) -> bool:
+        """True too while the engine's model names are not known: it may."""
+        return not self.models or model in self.models
+
+    def adapter(self, model: str) -> Adapter | None:
+        return next((a for a in self.adapters if a.name == model), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """All engines known, by id."""
+
+    engines: Mapping[EngineId, EngineView] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def of(cls, views: Iterable[EngineView]) -> Fleet:
+        return cls(MappingProxyType({v.id: v for v in sorted(views, key=lambda v: v.id)}))
+
+    def updated(self, changed: Iterable[EngineView], removed: Iterable[EngineId] = ()) -> Fleet:
+        gone = frozenset(removed)
+        kept = {i: v for i, v in self.engines.items() if i not in gone}
+        return Fleet.of((kept | {v.id: v for v in changed}).values())
+
+    def serving(self, model: str) -> tuple[EngineView, ...]:
+        """Engines a request for `model` may go to, in the order of their ids: those not known to be down."""
+        return tuple(v for v in self.engines.values() if v.health is not Health.DOWN and v.serves(model))
+
+    def models(self) -> tuple[str, ...]:
+        return tuple(sorted({m for v in self.engines.values() for m in v.models}))

@@ -1,0 +1,173 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class PromptKeys(_message.Message):
+    __slots__ = ("profile", "keys")
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    KEYS_FIELD_NUMBER: _ClassVar[int]
+    profile: str
+    keys: bytes
+    def __init__(self, profile: _Optional[str] = ..., keys: _Optional[bytes] = ...) -> None: ...
+
+class MatchRequest(_message.Message):
+    __slots__ = ("model", "prompts", "engines")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    prompts: _containers.RepeatedCompositeFieldContainer[PromptKeys]
+    engines: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[PromptKeys, _Mapping]]] = ..., engines: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class MediumBlocks(_message.Message):
+    __slots__ = ("medium", "blocks")
+    MEDIUM_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    medium: str
+    blocks: int
+    def __init__(self, medium: _Optional[str] = ..., blocks: _Optional[int] = ...) -> None: ...
+
+class EngineMatch(_message.Message):
+    __slots__ = ("engine", "blocks", "media", "exact", "doubtful")
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    MEDIA_FIELD_NUMBER: _ClassVar[int]
+    EXACT_FIELD_NUMBER: _ClassVar[int]
+    DOUBTFUL_FIELD_NUMBER: _ClassVar[int]
+    engine: str
+    blocks: int
+    media: _containers.RepeatedCompositeFieldContainer[MediumBlocks]
+    exact: bool
+    doubtful: int
+    def __init__(self, engine: _Optional[str] = ..., blocks: _Optional[int] = ..., media: _Optional[_Iterable[_Union[MediumBlocks, _Mapping]]] = ..., exact: _Optional[bool] = ..., doubtful: _Optional[int] = ...) -> None: ...
+
+class MatchResponse(_message.Message):
+    __slots__ = ("engines", "unknown")
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    engines: _containers.RepeatedCompositeFieldContainer[EngineMatch]
+    unknown: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, engines: _Optional[_Iterable[_Union[EngineMatch, _Mapping]]] = ..., unknown: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class WatchFleetRequest(_message.Message):
+    __slots__ = ("router",)
+    ROUTER_FIELD_NUMBER: _ClassVar[int]
+    router: str
+    def __init__(self, router: _Optional[str] = ...) -> None: ...
+
+class Adapter(_message.Message):
+    __slots__ = ("name", "path", "number")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PATH_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    path: str
+    number: int
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("running", "waiting", "kv_usage", "scraped_at")
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    KV_USAGE_FIELD_NUMBER: _ClassVar[int]
+    SCRAPED_AT_FIELD_NUMBER: _ClassVar[int]
+    running: int
+    waiting: int
+    kv_usage: float
+    scraped_at: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., scraped_at: _Optional[float] = ...) -> None: ...
+
+class Engine(_message.Message):
+    __slots__ = ("id", "url", "models", "adapters", "root", "health", "load", "profile", "profile_verified", "block_size", "sync", "inexact_reason", "max_model_len")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    URL_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_FIELD_NUMBER: _ClassVar[int]
+    PROFILE_VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
+    SYNC_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_REASON_FIELD_NUMBER: _ClassVar[int]
+    MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    url: str
+    models: _containers.RepeatedScalarFieldContainer[str]
+    adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
+    root: str
+    health: str
+    load: Load
+    profile: str
+    profile_verified: bool
+    block_size: int
+    sync: str
+    inexact_reason: str
+    max_model_len: int
+    def __init__(self, id: _Optional[str] = ..., url: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., root: _Optional[str] = ..., health: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., profile: _Optional[str] = ..., profile_verified: _Optional[bool] = ..., block_size: _Optional[int] = ..., sync: _Optional[str] = ..., inexact_reason: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+
+class FleetUpdate(_message.Message):
+    __slots__ = ("snapshot", "engines", "removed")
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    snapshot: bool
+    engines: _containers.RepeatedCompositeFieldContainer[Engine]
+    removed: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, snapshot: _Optional[bool] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., removed: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Routed(_message.Message):
+    __slots__ = ("prompt_tokens", "predicted_cached_tokens", "prompts")
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    prompt_tokens: int
+    predicted_cached_tokens: int
+    prompts: _containers.RepeatedCompositeFieldContainer[PromptKeys]
+    def __init__(self, prompt_tokens: _Optional[int] = ..., predicted_cached_tokens: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[PromptKeys, _Mapping]]] = ...) -> None: ...
+
+class FirstToken(_message.Message):
+    __slots__ = ("ttft_s",)
+    TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    ttft_s: float
+    def __init__(self, ttft_s: _Optional[float] = ...) -> None: ...
+
+class Finished(_message.Message):
+    __slots__ = ("cached_tokens", "completion_tokens", "comparable", "outcome")
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    COMPARABLE_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    cached_tokens: int
+    completion_tokens: int
+    comparable: bool
+    outcome: str
+    def __init__(self, cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., comparable: _Optional[bool] = ..., outcome: _Optional[str] = ...) -> None: ...
+
+class Observation(_message.Message):
+    __slots__ = ("request_id", "engine", "model", "routed", "first_token", "finished")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    ROUTED_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    FINISHED_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    engine: str
+    model: str
+    routed: Routed
+    first_token: FirstToken
+    finished: Finished
+    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., model: _Optional[str] = ..., routed: _Optional[_Union[Routed, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+
+class ObserveSummary(_message.Message):
+    __slots__ = ("received",)
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    received: int
+    def __init__(self, received: _Optional[int] = ...) -> None: ...

@@ -1,0 +1,48 @@
+"""The words of the project, as types. `ARCHITECTURE.md` says what each of them means.
+
+A block key is a plain `int` (unsigned, 64 bits): there are millions of them, and they are compared, never computed with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NewType
+
+BlockKey = NewType("BlockKey", int)
+
+KEY_MASK = (1 << 64) - 1
+
+
+class Medium(StrEnum):
+    """Where an engine holds a block, nearest first."""
+
+    GPU = "gpu"
+    CPU = "cpu"
+    STORAGE = "storage"
+    REMOTE = "remote"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class EngineId:
+    """One vLLM cache: `<host:port>` of the HTTP address it is served at, and its data-parallel rank there.
+
+    Written `10.0.0.5:8000` for rank 0 and `10.0.0.5:8000/dp1` for rank 1.
+    """
+
+    address: str
+    rank: int = 0
+
+    def __str__(self) -> str:
+        return self.address if self.rank == 0 else f"{self.address}/dp{self.rank}"
+
+    @classmethod
+    def parse(cls, text: str) -> EngineId:
+        """The inverse of `str`. Raises `ValueError` that quotes the text."""
+        address, slash, rank = text.partition("/dp")
+        host, colon, port = address.rpartition(":")
+        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+            raise ValueError(f"engine {text!r} is not <host:port> or <host:port>/dp<N>")
+        if slash and not rank.isdecimal():
+            raise ValueError(f"engine {text!r}: the rank after /dp is not a number")
+        return cls(address, int(rank) if slash else 0)
