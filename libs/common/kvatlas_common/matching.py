@@ -1,0 +1,42 @@
+"""What a lookup answers, as both services speak of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvatlas_common.words import EngineId, Medium
+
+
+@dataclass(frozen=True, slots=True)
+class EngineMatch:
+    """How many leading blocks of a prompt one engine would serve from its cache.
+
+    `media` says where they are (it sums to `blocks`); `doubtful`, how many of them rest on entries that a lost message
+    has put in doubt.
+    """
+
+    engine: EngineId
+    blocks: int
+    media: Mapping[Medium, int]
+    exact: bool
+    doubtful: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MatchAnswer:
+    """`matches` lists only engines that hold something; `unknown`, those of whose cache nothing can be said."""
+
+    matches: tuple[EngineMatch, ...] = ()
+    unknown: tuple[EngineId, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """One (engine, group, medium) that holds a block, and how many copies of it."""
+
+    engine: EngineId
+    group: int
+    medium: Medium
+    copies: int
+    doubtful: bool = False
