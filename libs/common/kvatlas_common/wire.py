@@ -9,6 +9,7 @@ import numpy as np
 
 from kvatlas_common.fleet import Adapter, EngineView, Health, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
+from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.words import EngineId, Medium
 
@@ -110,3 +111,41 @@ def engine_view(message: pb.Engine) -> EngineView:
         inexact_reason=message.inexact_reason,
         max_model_len=given("max_model_len", message.max_model_len),
     )
+
+
+def observation_message(observation: Observation) -> pb.Observation:
+    message = pb.Observation(request_id=observation.request_id, engine=str(observation.engine), model=observation.model)
+    match observation:
+        case Routed():
+            message.routed.prompt_tokens = observation.prompt_tokens
+            message.routed.predicted_cached_tokens = observation.predicted_cached_tokens
+            for profile, keys in observation.keys.items():
+                message.routed.prompts.add(profile=profile, keys=pack_keys(keys))
+            message.routed.SetInParent()
+        case FirstToken():
+            message.first_token.ttft_s = observation.ttft_s
+            message.first_token.SetInParent()
+        case Finished():
+            if observation.cached_tokens is not None:
+                message.finished.cached_tokens = observation.cached_tokens
+            message.finished.completion_tokens = observation.completion_tokens
+            message.finished.comparable = observation.comparable
+            message.finished.outcome = observation.outcome
+    return message
+
+
+def observation(message: pb.Observation) -> Observation:
+    about = (message.request_id, EngineId.parse(message.engine), message.model)
+    match message.WhichOneof("what"):
+        case "routed":
+            routed = message.routed
+            keys = {p.profile: tuple(unpack_keys(p.keys)) for p in routed.prompts}
+            return Routed(*about, routed.prompt_tokens, routed.predicted_cached_tokens, keys)
+        case "first_token":
+            return FirstToken(*about, message.first_token.ttft_s)
+        case "finished":
+            done = message.finished
+            cached = done.cached_tokens if done.HasField("cached_tokens") else None
+            return Finished(*about, cached, done.completion_tokens, done.comparable, Outcome(done.outcome))
+        case _:
+            raise ValueError("what: none of routed, first_token, finished is given")

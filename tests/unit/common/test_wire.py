@@ -1,0 +1,85 @@
+"""What goes over gRPC comes back equal, and what does not parse names its field."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvatlas_common import wire
+from kvatlas_common.fleet import Adapter, EngineView, Health, Load, Sync
+from kvatlas_common.matching import EngineMatch, MatchAnswer
+from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
+from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
+from kvatlas_common.words import KEY_MASK, EngineId, Medium
+
+engines = st.builds(
+    EngineId, st.sampled_from(["10.0.0.1:8000", "[::1]:8000", "engine-0.svc:80"]), st.integers(min_value=0, max_value=7)
+)
+keys = st.lists(st.integers(min_value=0, max_value=KEY_MASK), max_size=8).map(tuple)
+counts = st.integers(min_value=0, max_value=2**32 - 1)
+reals = st.floats(min_value=0, max_value=1e9)
+names = st.text(max_size=8)
+
+observations: st.SearchStrategy[Observation] = st.one_of(
+    st.builds(Routed, names, engines, names, counts, counts, st.dictionaries(names, keys, max_size=3)),
+    st.builds(FirstToken, names, engines, names, reals),
+    st.builds(Finished, names, engines, names, st.none() | counts, counts, st.booleans(), st.sampled_from(Outcome)),
+)
+matches = st.builds(
+    EngineMatch,
+    engines,
+    counts,
+    st.dictionaries(st.sampled_from(Medium), counts),
+    st.booleans(),
+    counts,
+)
+views = st.builds(
+    EngineView,
+    id=engines,
+    url=names,
+    models=st.frozensets(names, max_size=3),
+    adapters=st.lists(st.builds(Adapter, names, st.none() | names, st.none() | counts), max_size=2).map(tuple),
+    root=st.none() | names,
+    health=st.sampled_from(Health),
+    load=st.builds(Load, counts, counts, reals, reals),
+    profile=st.none() | names,
+    profile_verified=st.booleans(),
+    block_size=st.none() | counts,
+    sync=st.sampled_from(Sync),
+    inexact_reason=names,
+    max_model_len=st.none() | counts,
+)
+
+
+@given(observations)
+def test_an_observation_survives_the_wire(observation: Observation) -> None:
+    message = pb.Observation.FromString(wire.observation_message(observation).SerializeToString())
+    assert wire.observation(message) == observation
+
+
+@given(st.lists(matches, max_size=3).map(tuple), st.lists(engines, max_size=3).map(tuple))
+def test_a_match_answer_survives_the_wire(found: tuple[EngineMatch, ...], unknown: tuple[EngineId, ...]) -> None:
+    answer = MatchAnswer(found, unknown)
+    message = pb.MatchResponse.FromString(wire.match_response(answer).SerializeToString())
+    assert wire.match_answer(message) == answer
+
+
+@given(views)
+def test_an_engine_survives_the_wire(view: EngineView) -> None:
+    assert wire.engine_view(pb.Engine.FromString(wire.engine_message(view).SerializeToString())) == view
+
+
+@given(keys)
+def test_keys_survive_packing(block_keys: tuple[int, ...]) -> None:
+    assert tuple(wire.unpack_keys(wire.pack_keys(block_keys))) == block_keys
+
+
+def test_an_observation_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="^what: "):
+        wire.observation(pb.Observation(request_id="r", engine="h:1"))
+
+
+def test_half_a_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="^keys: 9 bytes"):
+        wire.unpack_keys(b"123456789")
