@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from kvatlas_common import wire
 from kvatlas_common.fleet import Adapter, EngineView, Health, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
@@ -76,10 +75,10 @@ def test_keys_survive_packing(block_keys: tuple[int, ...]) -> None:
 
 
 def test_an_observation_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="^what: "):
+    with pytest.raises(ValueError, match=r"^what: "):
         wire.observation(pb.Observation(request_id="r", engine="h:1"))
 
 
 def test_half_a_key_is_refused() -> None:
-    with pytest.raises(ValueError, match="^keys: 9 bytes"):
+    with pytest.raises(ValueError, match=r"^keys: 9 bytes"):
         wire.unpack_keys(b"123456789")
