@@ -1,0 +1,244 @@
+"""KV events off the wire: ZeroMQ frames `[topic, seq, payload]` to typed events.
+
+The payload is msgpack of the batch array `[ts, events, data_parallel_rank?]`. An event is an array with its type first
+(vLLM 0.10 - 0.22, SGLang) or a map with a `type` (vLLM >= 0.27); trailing defaults are omitted, unknown trailing
+fields and unknown keys are ignored. Two rules shape this module:
+
+- one bad event costs that event, not its batch: it ends up in `EventBatch.rejected`, its siblings in `events`;
+- token ids are most of the bytes and seldom needed: they stay undecoded (`msgspec.Raw`) until someone asks.
+
+Arbitrary bytes raise nothing but `MalformedBatch`. Source: vLLM 0.10 - 0.32 `distributed/kv_events.py`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from kvatlas_common.events.types import (
+    FOREIGN_ERRORS,
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    Event,
+    EventBatch,
+    MalformedBatch,
+    RejectedEvent,
+    Rejection,
+    Topic,
+    decode_any,
+)
+from kvatlas_common.words import KEY_MASK, Medium
+
+RANK_MAX = 4095
+GROUP_MAX = 255
+BLOCK_SIZE_MAX = 1 << 20
+
+_MEDIA = {
+    None: Medium.GPU,
+    "GPU": Medium.GPU,
+    "HBM": Medium.GPU,
+    "CPU": Medium.CPU,
+    "CPU_PINNED": Medium.CPU,
+    "CPU_TIER1": Medium.CPU,
+    "DRAM": Medium.CPU,
+    "STORAGE": Medium.STORAGE,
+    "DISK": Medium.STORAGE,
+    "FS": Medium.STORAGE,
+    "REMOTE": Medium.REMOTE,
+    "EXTERNAL": Medium.REMOTE,
+}
+
+
+class _Stored(msgspec.Struct, tag="BlockStored", gc=False):
+    block_hashes: list[int | bytes]
+    parent_block_hash: int | bytes | None
+    token_ids: msgspec.Raw
+    block_size: int
+    lora_id: int | str | None = None
+    medium: str | None = None
+    lora_name: str | None = None
+    extra_keys: msgspec.Raw = msgspec.Raw()
+    group_idx: int | None = None
+    kv_cache_spec_kind: str | None = None
+    kv_cache_spec_sliding_window: int | None = None
+
+
+class _StoredArray(_Stored, tag="BlockStored", array_like=True, gc=False):
+    pass
+
+
+class _Removed(msgspec.Struct, tag="BlockRemoved", gc=False):
+    block_hashes: list[int | bytes]
+    medium: str | None = None
+    group_idx: int | None = None
+
+
+class _RemovedArray(_Removed, tag="BlockRemoved", array_like=True, gc=False):
+    pass
+
+
+class _Cleared(msgspec.Struct, tag="AllBlocksCleared", gc=False):
+    pass
+
+
+class _ClearedArray(_Cleared, tag="AllBlocksCleared", array_like=True, gc=False):
+    pass
+
+
+class _Batch(msgspec.Struct, array_like=True, gc=False):
+    ts: float
+    events: list[msgspec.Raw]
+    rank: int | None = None
+
+
+_decode_batch = msgspec.msgpack.Decoder(_Batch).decode
+_decode_map = msgspec.msgpack.Decoder(_Stored | _Removed | _Cleared).decode
+_decode_array = msgspec.msgpack.Decoder(_StoredArray | _RemovedArray | _ClearedArray).decode
+
+
+def decode_batch(payload: bytes) -> EventBatch:
+    """Raises `MalformedBatch` when nothing of the message can be used."""
+    try:
+        batch = _decode_batch(payload)
+    except FOREIGN_ERRORS as error:
+        raise MalformedBatch(f"payload: {error}") from None
+    if batch.rank is not None and not 0 <= batch.rank <= RANK_MAX:
+        raise MalformedBatch(f"data_parallel_rank: {batch.rank} is not in 0..{RANK_MAX}")
+    if not 0 <= batch.ts < 1e12:  # also turns away NaN, which would poison every later comparison
+        raise MalformedBatch(f"ts: {batch.ts} is not a time in seconds")
+    events: list[Event] = []
+    rejected: list[RejectedEvent] = []
+    for raw in batch.events:
+        event = _decode_event(raw)
+        if isinstance(event, RejectedEvent):
+            rejected.append(event)
+        else:
+            events.append(event)
+    return EventBatch(batch.ts, batch.rank, tuple(events), tuple(rejected))
+
+
+def _decode_event(raw: msgspec.Raw) -> Event | RejectedEvent:
+    try:
+        is_map = memoryview(raw)[0] in _MAP_STARTS
+        event = _decode_map(raw) if is_map else _decode_array(raw)
+        if isinstance(event, _Stored):
+            return _stored(event)
+        if isinstance(event, _Removed):
+            return BlockRemoved(_keys(event.block_hashes), _medium(event.medium), _group(event.group_idx))
+        return AllBlocksCleared()
+    except _Unusable as unusable:
+        return unusable.rejected
+    except FOREIGN_ERRORS as error:
+        return _reject(raw, str(error))
+
+
+_MAP_STARTS = frozenset((*range(0x80, 0x90), 0xDE, 0xDF))
+_KNOWN_TYPES = ("BlockStored", "BlockRemoved", "AllBlocksCleared")
+
+
+class _Unusable(Exception):
+    def __init__(self, rejection: Rejection, why: str) -> None:
+        self.rejected = RejectedEvent(rejection, why, lossy=rejection is not Rejection.UNKNOWN_MEDIUM)
+
+
+def _reject(raw: msgspec.Raw, why: str) -> RejectedEvent:
+    """The slow path: is it a type we do not know (harmless, a newer engine's), or a known one gone wrong?"""
+    try:
+        value = decode_any(raw)
+    except FOREIGN_ERRORS:
+        return RejectedEvent(Rejection.MALFORMED, why)
+    tag = value.get("type") if isinstance(value, dict) else value[0] if isinstance(value, list) and value else None
+    if isinstance(tag, str) and tag not in _KNOWN_TYPES:
+        return RejectedEvent(Rejection.UNKNOWN_TYPE, f"event type {tag[:64]!r} is not known", lossy=False)
+    return RejectedEvent(Rejection.MALFORMED, why)
+
+
+def _stored(event: _Stored) -> BlockStored:
+    hashes, parent = event.block_hashes, event.parent_block_hash
+    if not 0 <= event.block_size <= BLOCK_SIZE_MAX:
+        raise _Unusable(Rejection.MALFORMED, f"block_size: {event.block_size} is not in 0..{BLOCK_SIZE_MAX}")
+    window = event.kv_cache_spec_sliding_window
+    if window is not None and not 0 < window < 1 << 31:
+        raise _Unusable(Rejection.MALFORMED, f"kv_cache_spec_sliding_window: {window} is not a number of tokens")
+    full = [h for h in hashes if type(h) is bytes]
+    return BlockStored(
+        keys=_keys(hashes),
+        full=full if full and len(full) == len(hashes) else None,
+        parent=None if parent is None else _key(parent),
+        parent_full=parent if isinstance(parent, bytes) else None,
+        block_size=event.block_size,
+        medium=_medium(event.medium),
+        group=_group(event.group_idx),
+        kind=event.kv_cache_spec_kind,
+        window=window,
+        lora_id=event.lora_id if isinstance(event.lora_id, int) else None,
+        lora_name=event.lora_name if event.lora_name is not None else _text(event.lora_id),
+        raw_token_ids=event.token_ids,
+        raw_extra_keys=event.extra_keys,
+    )
+
+
+def _text(value: int | str | None) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _key(value: int | bytes) -> int:
+    if type(value) is int:
+        return value & KEY_MASK
+    if len(value) < 8:  # type: ignore[arg-type]
+        raise _Unusable(Rejection.MALFORMED, f"a block hash of {len(value)} bytes")  # type: ignore[arg-type]
+    return int.from_bytes(value[-8:], "big")  # type: ignore[index]
+
+
+def _keys(hashes: list[int | bytes]) -> list[int]:
+    for value in hashes:
+        if type(value) is not int or value < 0:
+            return [_key(h) for h in hashes]
+    return hashes  # type: ignore[return-value]
+
+
+def _medium(name: str | None) -> Medium:
+    medium = _MEDIA.get(name) or _MEDIA.get(name.upper() if name else None)
+    if medium is None:
+        raise _Unusable(Rejection.UNKNOWN_MEDIUM, f"medium {(name or '')[:64]!r} is not known")
+    return medium
+
+
+def _group(index: int | None) -> int:
+    if index is None:
+        return 0
+    if not 0 <= index <= GROUP_MAX:
+        raise _Unusable(Rejection.MALFORMED, f"group_idx: {index} is not in 0..{GROUP_MAX}")
+    return index
+
+
+def decode_seq(frame: bytes) -> int:
+    """u64, big-endian. Raises `MalformedBatch`."""
+    if len(frame) != 8:
+        raise MalformedBatch(f"sequence frame: {len(frame)} bytes, not 8")
+    return int.from_bytes(frame, "big")
+
+
+def decode_topic(frame: bytes) -> Topic:
+    """Raises `MalformedBatch` that says what a topic looks like."""
+    try:
+        text = frame.decode()
+        prefix, host_port, model = text.split("@", 2)
+        host, port = _host_port(host_port)
+    except (UnicodeDecodeError, ValueError):
+        raise MalformedBatch(f"topic {frame[:128]!r} is not kv@<host>[:port]@<model>") from None
+    if prefix != "kv" or not host or not model or len(text) > 512:
+        raise MalformedBatch(f"topic {frame[:128]!r} is not kv@<host>[:port]@<model>")
+    return Topic(host, port, model)
+
+
+def _host_port(text: str) -> tuple[str, int | None]:
+    """`host`, `host:port`, `[v6]:port`, or a bare IPv6 address. Raises `ValueError`."""
+    if text.count(":") > 1 and not text.startswith("["):
+        return f"[{text}]", None
+    host, colon, port = text.rpartition(":")
+    if not colon or text.endswith("]"):
+        return text, None
+    if not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(text)
+    return host, int(port)

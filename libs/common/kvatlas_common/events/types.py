@@ -1,0 +1,123 @@
+"""KV events as types: what an engine says of its cache, whichever vLLM it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+import msgspec
+
+from kvatlas_common.words import Medium
+
+FOREIGN_ERRORS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError, MemoryError)
+"""All that msgspec raises on bytes nobody meant for it."""
+
+_decode_tokens = msgspec.msgpack.Decoder(list[int]).decode
+decode_any = msgspec.msgpack.Decoder().decode
+
+
+class Rejection(StrEnum):
+    """Why one event of a batch could not be used: the label of a counter, so there are few of them."""
+
+    UNKNOWN_TYPE = "unknown-type"
+    UNKNOWN_MEDIUM = "unknown-medium"
+    MALFORMED = "malformed"
+
+
+class MalformedBatch(ValueError):
+    """The message as a whole cannot be read: nothing of it was applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class RejectedEvent:
+    """One event that cannot be used. `lossy`: it may have changed the cache, so the index may now be wrong."""
+
+    rejection: Rejection
+    why: str
+    lossy: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """`kv@<host>[:port]@<model>`: who a listened message says it comes from."""
+
+    host: str
+    port: int | None
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStored:
+    """Blocks an engine now holds. `keys[i]` is the low 64 bits of hash i; `full[i]` all of it where bytes were sent.
+
+    Odd shapes are legal: `token_ids()` may be longer than `keys` cover (window groups skip blocks), or empty with
+    `block_size` 0 (offload tiers); `parent` may be None mid-prompt.
+    """
+
+    keys: Sequence[int]
+    full: Sequence[bytes] | None
+    parent: int | None
+    parent_full: bytes | None
+    block_size: int
+    medium: Medium
+    group: int
+    kind: str | None
+    window: int | None
+    lora_id: int | None
+    lora_name: str | None
+    raw_token_ids: msgspec.Raw
+    raw_extra_keys: msgspec.Raw
+
+    def token_ids(self) -> list[int]:
+        """Raises `MalformedBatch` when they are not a list of integers."""
+        try:
+            return _decode_tokens(self.raw_token_ids)
+        except FOREIGN_ERRORS as error:
+            raise MalformedBatch(f"token_ids: {error}") from None
+
+    @property
+    def says_extra_keys(self) -> bool:
+        """Whether the encoding has the field at all: without it (before vLLM 0.22) salts cannot be seen."""
+        return len(bytes(self.raw_extra_keys)) > 0
+
+    def extra_keys(self) -> list[Sequence[Any] | None] | None:
+        """Per block None or the untagged extra keys; None when the event says nothing of them."""
+        raw = bytes(self.raw_extra_keys)
+        if not raw:
+            return None
+        try:
+            value = decode_any(raw)
+        except FOREIGN_ERRORS as error:
+            raise MalformedBatch(f"extra_keys: {error}") from None
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(e is None or isinstance(e, list) for e in value):
+            raise MalformedBatch("extra_keys: not a list of lists")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRemoved:
+    keys: Sequence[int]
+    medium: Medium
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class AllBlocksCleared:
+    pass
+
+
+Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+@dataclass(frozen=True, slots=True)
+class EventBatch:
+    """One message: `ts` in seconds since the epoch by the engine's clock; `rank` None when it does not say."""
+
+    ts: float
+    rank: int | None
+    events: tuple[Event, ...]
+    rejected: tuple[RejectedEvent, ...] = ()
