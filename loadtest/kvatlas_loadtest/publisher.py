@@ -1,0 +1,167 @@
+"""Publishes one rank's KV events as vLLM does, and misbehaves on request.
+
+After `ZmqEventPublisher` in `vllm/distributed/kv_events.py` (0.10.0 to 0.32): PUB binds a wildcard endpoint and connects
+to any other, rank N uses port + N, messages are `[topic, seq u64 BE, payload]` with seq from 0 per life, what exceeds the
+high-water mark is dropped by ZeroMQ. A ROUTER answers `[b"", start seq]` with every batch still buffered from there on,
+then an end marker. Its own high-water mark is ZeroMQ's default, as it is vLLM's: a client that does not read loses the
+rest of a long replay.
+
+Not as in vLLM: no thread. Sends never block (PUB drops), so they are made from the event loop; a replay is served at
+once instead of within 0.1 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import zmq
+import zmq.asyncio
+
+log = logging.getLogger(__name__)
+
+BUFFERED_BATCHES = 10_000
+HIGH_WATER_MARK = 100_000
+END_MARKER = b"\xff" * 8
+
+
+class ReplayFault(StrEnum):
+    """How replays are answered: as they should be; not at all; without the end marker; or with only the first half."""
+
+    NONE = "none"
+    SILENT = "silent"
+    ENDLESS = "endless"
+    TRUNCATED = "truncated"
+
+
+@dataclass(slots=True)
+class Faults:
+    """What goes wrong with the next messages. Each is buffered for replay all the same, as a lost message is in vLLM."""
+
+    drop: int = 0  # so many messages are not sent
+    duplicate: int = 0  # so many are sent twice
+    swap: int = 0  # so many are held back until the one after them has been sent
+    replay: ReplayFault = ReplayFault.NONE
+
+
+def rank_endpoint(endpoint: str, rank: int) -> str:
+    """The endpoint of rank N: its port is N higher. Port 0 stays 0."""
+    if rank == 0 or not endpoint.startswith("tcp://"):
+        return endpoint if rank == 0 else f"{endpoint}_dp{rank}"
+    base, _, port = endpoint.rpartition(":")
+    return f"{base}:{int(port) + rank}" if int(port) else endpoint
+
+
+def binds(endpoint: str) -> bool:
+    """vLLM's rule: PUB binds wildcards (and local transports), and connects to a host; port 0 can only be bound."""
+    return "*" in endpoint or "::" in endpoint or endpoint.startswith(("ipc://", "inproc://")) or endpoint.endswith(":0")
+
+
+@dataclass(slots=True)
+class EventPublisher:
+    """One life of one publisher: `open`, `publish` any number of times, `close`.
+
+    `endpoint` and `replay_endpoint` are this rank's own; after `open` they are those really used. `bind` None: as
+    `binds` says.
+    """
+
+    context: zmq.Context[zmq.Socket[bytes]]
+    endpoint: str
+    replay_endpoint: str | None = None
+    topic: str = ""
+    next_seq: int = 0
+    bind: bool | None = None
+    faults: Faults = field(default_factory=Faults)
+    _pub: zmq.Socket[bytes] | None = field(default=None, init=False)
+    _router: zmq.asyncio.Socket | None = field(default=None, init=False)
+    _serving: asyncio.Task[None] | None = field(default=None, init=False)
+    _buffer: deque[tuple[int, bytes]] = field(default_factory=lambda: deque(maxlen=BUFFERED_BATCHES), init=False)
+    _held_back: list[tuple[int, bytes]] = field(default_factory=list, init=False)  # at most one, between two publishes
+
+    def open(self) -> None:
+        """Opens the sockets. Raises `zmq.ZMQError` when an address cannot be bound; nothing is left open then."""
+        try:
+            self._pub = self.context.socket(zmq.PUB)
+            self._pub.set_hwm(HIGH_WATER_MARK)
+            self._pub.linger = 0
+            if binds(self.endpoint) if self.bind is None else self.bind:
+                self._pub.bind(self.endpoint)
+                self.endpoint = self._pub.getsockopt_string(zmq.LAST_ENDPOINT)
+            else:
+                self._pub.connect(self.endpoint)
+            if self.replay_endpoint is not None:
+                self._router = zmq.asyncio.Context(self.context).socket(zmq.ROUTER)
+                self._router.linger = 0
+                self._router.bind(self.replay_endpoint)
+                self.replay_endpoint = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        except zmq.ZMQError:
+            self._close_sockets()
+            raise
+        if self._router is not None:
+            self._serving = asyncio.create_task(self._serve_replays(self._router))
+
+    def publish(self, payload: bytes) -> int:
+        """Sends one batch and returns its sequence number."""
+        seq = self.next_seq
+        self.next_seq += 1
+        self._buffer.append((seq, payload))
+        faults = self.faults
+        if faults.drop > 0:
+            faults.drop -= 1
+            return seq
+        if faults.swap > 0 and not self._held_back:
+            faults.swap -= 1
+            self._held_back.append((seq, payload))
+            return seq
+        self._send(seq, payload)
+        if faults.duplicate > 0:
+            faults.duplicate -= 1
+            self._send(seq, payload)
+        while self._held_back:
+            self._send(*self._held_back.pop())
+        return seq
+
+    async def close(self) -> None:
+        """Closes the sockets at once: what was not yet sent is lost, as with a killed process."""
+        if self._serving is not None:
+            self._serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._serving
+            self._serving = None
+        self._close_sockets()
+
+    def _close_sockets(self) -> None:
+        if self._pub is not None:
+            self._pub.close(linger=0)
+            self._pub = None
+        if self._router is not None:
+            self._router.close(linger=0)
+            self._router = None
+
+    def _send(self, seq: int, payload: bytes) -> None:
+        assert self._pub is not None, "publish before open"
+        self._pub.send_multipart((self.topic.encode(), seq.to_bytes(8, "big"), payload))
+
+    async def _serve_replays(self, router: zmq.asyncio.Socket) -> None:
+        while True:
+            request = await router.recv_multipart()
+            if len(request) != 3 or len(request[2]) != 8:
+                log.warning("replay request of %d frames ignored: [id, empty, 8-byte sequence] expected", len(request))
+                continue
+            if self.faults.replay is not ReplayFault.SILENT:
+                await self._replay(router, request[0], int.from_bytes(request[2], "big"))
+
+    async def _replay(self, router: zmq.asyncio.Socket, client: bytes, start: int) -> None:
+        fault = self.faults.replay
+        wanted = [(seq, payload) for seq, payload in self._buffer if seq >= start]
+        if fault is ReplayFault.TRUNCATED:
+            wanted = wanted[: len(wanted) // 2]
+        topic = self.topic.encode()
+        for seq, payload in wanted:
+            await router.send_multipart((client, b"", topic, seq.to_bytes(8, "big"), payload))
+        if fault is not ReplayFault.ENDLESS:
+            await router.send_multipart((client, b"", b"", END_MARKER, b""))
