@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvatlas_common import wire
 from kvatlas_common.fleet import Adapter, EngineView, Health, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
