@@ -79,6 +79,15 @@ def test_all_at_once_equals_block_by_block(
     assert last == ([parent, *states])[-1]
 
 
+@pytest.mark.parametrize("token", [-1, *EDGES])
+@pytest.mark.parametrize("algorithm", Algorithm)
+def test_tokens_at_the_edge_of_a_width(algorithm: Algorithm, token: int) -> None:
+    profile = HashProfile(algorithm, "42", 2, ExtraKeys.TAGGED)
+    root, tokens = root_state(profile), [token, 1, 1, token]
+    states = plainly(profile, root, tokens, PromptExtras(), True)
+    assert extend(profile, root, tokens, PromptExtras(), True)[0].tolist() == [key_of(state) for state in states]
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64, np.uint64])
 @pytest.mark.parametrize("algorithm", Algorithm)
 def test_an_array_of_tokens_is_as_good_as_a_list(algorithm: Algorithm, dtype: type[np.integer[Any]]) -> None:
