@@ -1,7 +1,7 @@
 """Logging of both services: an event's name and its fields, one line each, on standard error.
 
-Code logs with the standard library, `log.info("engine down", extra={"engine": str(engine)})`; what is in `extra` becomes
-fields. Lines are JSON unless a person is watching. Whatever can happen once per message or request goes through
+Code logs with the standard library, `log.info("engine down", extra={"engine": str(engine)})`; what is in `extra`
+becomes fields. Lines are JSON unless a person is watching. Whatever can happen once per message or request goes through
 `LimitedLog`, which says how many lines it held back.
 """
 
@@ -104,7 +104,7 @@ class LimitedLog:
         if held is not None and now - held.since < self._interval_s:
             held.suppressed += 1
             return False
-        extra = dict(fields)
+        extra = {f"{name}_" if name in _STANDARD else name: value for name, value in fields.items()}
         if held is not None and held.suppressed:
             extra["suppressed"] = held.suppressed
         self._held[key] = _Held(now)

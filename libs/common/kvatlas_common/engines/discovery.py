@@ -15,8 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
+from kvatlas_common.engines.plain_yaml import load_plain_yaml
 from kvatlas_common.engines.specs import (
     NO_DEFAULTS,
     DnsName,
@@ -53,9 +52,9 @@ def parse_engine_list(
 ) -> Engines:
     """Engines from YAML or JSON: a list, or a mapping with the list under `engines`. Raises `BrokenList`."""
     try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BrokenList(" ".join(str(error).split())) from None
+        document = load_plain_yaml(text)
+    except ValueError as error:
+        raise BrokenList(str(error)) from None
     if isinstance(document, dict) and set(document) == {"engines"}:
         document = document["engines"]
     if document is None:

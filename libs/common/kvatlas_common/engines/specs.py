@@ -15,10 +15,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from kvatlas_common.engines.spelling import did_you_mean, kebab, snake
 from kvatlas_common.words import EngineId
@@ -42,6 +42,9 @@ class EngineSpec:
     labels: tuple[tuple[str, str], ...] = ()  # sorted by name
     speculative_drop_blocks: int = 0  # matched blocks that speculative decoding (EAGLE, MTP) computes again
     reannounces: bool = False  # its events repeat blocks it merely hit, so copies cannot be counted
+
+    def __str__(self) -> str:
+        return self.address
 
     @property
     def id(self) -> EngineId:
@@ -73,17 +76,13 @@ class EngineDefaults:
 NO_DEFAULTS = EngineDefaults()
 
 
-def _port_or_endpoint(value: object) -> object:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
 class _Options(BaseModel):
     """What may be said of an engine besides where it is."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True)
 
-    events: Annotated[str | None, BeforeValidator(_port_or_endpoint)] = None
-    replay: Annotated[str | None, BeforeValidator(_port_or_endpoint)] = None
+    events: str | None = None
+    replay: str | None = None
     api_key: SecretStr | None = None
     api_key_env: str | None = None
     ranks: int = Field(default=1, ge=1, le=1024)
@@ -114,6 +113,9 @@ class DnsName:
     port: int
     like: EngineSpec  # what the engine at `host` itself would be
 
+    def __str__(self) -> str:
+        return f"dns:{self.host}:{self.port}"
+
     def at(self, ip: str) -> EngineSpec:
         """The engine at one address of the name. An IPv6 address is written in brackets."""
         host = f"[{ip}]" if ":" in ip else ip
@@ -131,6 +133,9 @@ class EngineFile:
     """The engines listed in a YAML or JSON file, which may change while it is watched."""
 
     path: Path
+
+    def __str__(self) -> str:
+        return f"file:{self.path}"
 
 
 EngineSource = EngineSpec | DnsName | EngineFile
