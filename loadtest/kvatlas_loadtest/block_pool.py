@@ -88,7 +88,8 @@ class BlockPool:
 
     def release(self, blocks: Sequence[int]) -> None:
         """A request is done with its blocks, given from its first to its last; its last is reused first."""
-        kept, nameless = [], []
+        kept: list[int] = []
+        nameless: list[int] = []
         for block in reversed(blocks):
             self._users[block] -= 1
             if self._users[block] == 0:

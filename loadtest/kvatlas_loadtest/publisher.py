@@ -1,10 +1,10 @@
 """Publishes one rank's KV events as vLLM does, and misbehaves on request.
 
-After `ZmqEventPublisher` in `vllm/distributed/kv_events.py` (0.10.0 to 0.32): PUB binds a wildcard endpoint and connects
-to any other, rank N uses port + N, messages are `[topic, seq u64 BE, payload]` with seq from 0 per life, what exceeds the
-high-water mark is dropped by ZeroMQ. A ROUTER answers `[b"", start seq]` with every batch still buffered from there on,
-then an end marker. Its own high-water mark is ZeroMQ's default, as it is vLLM's: a client that does not read loses the
-rest of a long replay.
+After `ZmqEventPublisher` in `vllm/distributed/kv_events.py` (0.10.0 to 0.32): PUB binds a wildcard endpoint and
+connects to any other, rank N uses port + N, messages are `[topic, seq u64 BE, payload]` with seq from 0 per life, what
+exceeds the high-water mark is dropped by ZeroMQ. A ROUTER answers `[b"", start seq]` with every batch still buffered
+from there on, then an end marker. Its own high-water mark is ZeroMQ's default, as it is vLLM's: a client that does not
+read loses the rest of a long replay.
 
 Not as in vLLM: no thread. Sends never block (PUB drops), so they are made from the event loop; a replay is served at
 once instead of within 0.1 s.
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 BUFFERED_BATCHES = 10_000
 HIGH_WATER_MARK = 100_000
+ROWS_TRIED = 20
 END_MARKER = b"\xff" * 8
 
 
@@ -40,7 +41,7 @@ class ReplayFault(StrEnum):
 
 @dataclass(slots=True)
 class Faults:
-    """What goes wrong with the next messages. Each is buffered for replay all the same, as a lost message is in vLLM."""
+    """What goes wrong with the next messages. Each is buffered for replay all the same, as lost ones are in vLLM."""
 
     drop: int = 0  # so many messages are not sent
     duplicate: int = 0  # so many are sent twice
@@ -58,23 +59,60 @@ def rank_endpoint(endpoint: str, rank: int) -> str:
 
 def binds(endpoint: str) -> bool:
     """vLLM's rule: PUB binds wildcards (and local transports), and connects to a host; port 0 can only be bound."""
-    return "*" in endpoint or "::" in endpoint or endpoint.startswith(("ipc://", "inproc://")) or endpoint.endswith(":0")
+    return (
+        "*" in endpoint or "::" in endpoint or endpoint.startswith(("ipc://", "inproc://")) or endpoint.endswith(":0")
+    )
+
+
+async def open_ranks(
+    context: zmq.Context[zmq.Socket[bytes]],
+    endpoint: str,
+    replay_endpoint: str | None,
+    *,
+    bind: bool,
+    topic: str,
+    first_seq: int,
+    ranks: int,
+) -> list[EventPublisher]:
+    """One publisher per rank, ports in a row as vLLM has them. With port 0, rows are tried until one is free.
+
+    Raises `zmq.ZMQError` when an address cannot be bound.
+    """
+    any_port = endpoint.endswith(":0") or (replay_endpoint or "").endswith(":0")
+    attempts = ROWS_TRIED if any_port and ranks > 1 else 1
+    while True:
+        attempts -= 1
+        opened: list[EventPublisher] = []
+        events, replay = endpoint, replay_endpoint
+        try:
+            for rank in range(ranks):
+                own_replay = rank_endpoint(replay, rank) if replay else None
+                publisher = EventPublisher(context, rank_endpoint(events, rank), bind, own_replay, topic, first_seq)
+                publisher.open()
+                opened.append(publisher)
+                events, replay = opened[0].endpoint, opened[0].replay_endpoint  # port 0 is a real one now
+        except zmq.ZMQError:
+            for publisher in opened:
+                await publisher.close()
+            if not attempts:
+                raise
+        else:
+            return opened
 
 
 @dataclass(slots=True)
 class EventPublisher:
-    """One life of one publisher: `open`, `publish` any number of times, `close`.
+    """One life of one publisher: `open`, `start` answering replays, `publish` any number of times, `close`.
 
-    `endpoint` and `replay_endpoint` are this rank's own; after `open` they are those really used. `bind` None: as
-    `binds` says.
+    `endpoint` and `replay_endpoint` are this rank's own; after `open` they are those really used.
     """
 
     context: zmq.Context[zmq.Socket[bytes]]
     endpoint: str
+    bind: bool
     replay_endpoint: str | None = None
     topic: str = ""
     next_seq: int = 0
-    bind: bool | None = None
     faults: Faults = field(default_factory=Faults)
     _pub: zmq.Socket[bytes] | None = field(default=None, init=False)
     _router: zmq.asyncio.Socket | None = field(default=None, init=False)
@@ -88,7 +126,7 @@ class EventPublisher:
             self._pub = self.context.socket(zmq.PUB)
             self._pub.set_hwm(HIGH_WATER_MARK)
             self._pub.linger = 0
-            if binds(self.endpoint) if self.bind is None else self.bind:
+            if self.bind:
                 self._pub.bind(self.endpoint)
                 self.endpoint = self._pub.getsockopt_string(zmq.LAST_ENDPOINT)
             else:
@@ -101,6 +139,9 @@ class EventPublisher:
         except zmq.ZMQError:
             self._close_sockets()
             raise
+
+    def start(self) -> None:
+        """Begins to answer replays. Needs a running event loop."""
         if self._router is not None:
             self._serving = asyncio.create_task(self._serve_replays(self._router))
 

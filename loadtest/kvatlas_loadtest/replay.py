@@ -1,8 +1,8 @@
 """Is the simulated engine equal to a real one? Feeds it a capture's requests and compares what both published.
 
 The simulation gets the requests and the engine's options, nothing else; the captured events are read only to compare.
-Requests run one at a time, their output forced to the recorded one. An event is compared by type, block keys and medium,
-in order, message boundaries aside.
+Requests run one at a time, their output forced to the recorded one. An event is compared by type, block keys and
+medium, in order, message boundaries aside.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ Compared: TypeAlias = tuple[str, tuple[int, ...], Medium | None]
 class ReplayOptions:
     """The recorded engine's options.
 
-    `resets`: the prefix cache was reset after these requests, numbered from 0. `max_num_batched_tokens` None: 2,048 as in
-    the captures of 0.32, no chunks in those of 0.10, where `drives_cache_manager`: they come from a program that drives
-    0.10's cache manager without an engine. It computes prompts whole and the last sampled token too, and publishes a
-    reset at once.
+    `resets`: the prefix cache was reset after these requests, numbered from 0. `max_num_batched_tokens` None: 2,048 as
+    in the captures of 0.32, no chunks in those of 0.10, where `drives_cache_manager`: they come from a program that
+    drives 0.10's cache manager without an engine. It computes prompts whole and the last sampled token too, and
+    publishes a reset at once.
     """
 
     num_blocks: int

@@ -2,8 +2,8 @@
 
 After vLLM's `v1/core/sched/scheduler.py` (0.10.0 and 0.32), first come first served, synchronous steps:
 - running requests go first, each computing what it has not (a chunk of its prompt, or one token), within
-  `max_num_batched_tokens`; where the pool has no block left, the last of the running requests is *preempted*: its blocks
-  are released and it waits again, at the front, with the tokens it has made;
+  `max_num_batched_tokens`; where the pool has no block left, the last of the running requests is *preempted*: its
+  blocks are released and it waits again, at the front, with the tokens it has made;
 - then, unless somebody was preempted, waiting requests are admitted, up to `max_num_seqs`, each taking the leading
   blocks found in the cache, at most floor((tokens - 1) / block_size): the last token is always computed. 0.32 admits a
   request only when all of its tokens would fit, 0.10 when its first chunk does;
@@ -46,8 +46,8 @@ class PromptTooLong(ValueError):
 class EngineLimits:
     """Sizes of one engine, named after vLLM's options. `max_waiting` bounds the queue: a request beyond is refused.
 
-    `computes_last_token`: the last sampled token is computed too (a driver of vLLM's cache manager that runs a step more;
-    the engines themselves never do).
+    `computes_last_token`: the last sampled token is computed too (a driver of vLLM's cache manager that runs a step
+    more; the engines themselves never do).
     """
 
     num_blocks: int = 4096
@@ -67,7 +67,7 @@ class EngineLimits:
 
 @dataclass(slots=True, eq=False)
 class EngineRequest:
-    """One sequence. `sample(i)` is its i-th output token; it ends after `max_tokens` of them or after one of `stop_ids`."""
+    """One sequence. `sample(i)` is its i-th output token; it ends after `max_tokens` of them or one of `stop_ids`."""
 
     id: str
     prompt: Sequence[int]
@@ -260,7 +260,7 @@ class EngineCore:
         return scheduled
 
     def _grow(self, request: EngineRequest, count: int) -> bool:
-        """Gives `request` the blocks its next `count` tokens need and names those that become full; or changes nothing."""
+        """Gives `request` the blocks its next `count` tokens need and names those that become full, or does nothing."""
         size = self.limits.block_size
         end = request.computed + count
         missing = -(-end // size) - len(request.blocks)
