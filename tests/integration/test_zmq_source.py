@@ -114,6 +114,8 @@ async def released(endpoint: str) -> None:
                 _, writer = await asyncio.open_connection(*address)
             except ConnectionRefusedError:
                 return
+            except ConnectionResetError:  # caught in the act of closing
+                continue
             writer.close()
 
 
