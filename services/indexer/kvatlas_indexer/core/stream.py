@@ -224,6 +224,12 @@ class Stream:
             return []
         return [self._lose(reason, now)]
 
+    def on_returned(self, now: float) -> list[Effect]:
+        """The engine was out of reach and is back: messages may have been lost without another one to show it."""
+        if self._mode is not _Mode.LIVE or not self.can_replay:
+            return []
+        return self._start(_Mode.JOIN if self.last is None else _Mode.FILL, now)
+
     def on_process_start(self, start_s: float, now: float) -> list[Effect]:
         """The engine's own `process_start_time_seconds`. Changed, and later than this epoch: it has restarted."""
         known, self._process_start = self._process_start, start_s

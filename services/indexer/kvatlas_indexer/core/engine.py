@@ -1,0 +1,264 @@
+"""One engine of the index: its messages in order (`Stream`), its blocks named (`Naming`), its residency written.
+
+The stream decides *what* happens, this module makes it happen: effects that concern the index are performed here, those
+that need the network (a replay) are returned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from kvatlas_common.events.types import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, RejectedEvent
+from kvatlas_common.fleet import Sync
+from kvatlas_common.words import EngineId, Medium
+from kvatlas_indexer.core.match import EngineGroups, GroupRule, Kind
+from kvatlas_indexer.core.naming import Finding, Mode, Naming
+from kvatlas_indexer.core.residency import Residency
+from kvatlas_indexer.core.stream import (
+    Apply,
+    BeginEpoch,
+    CancelReplay,
+    Doubt,
+    DropDoubtful,
+    Duplicate,
+    Effect,
+    Message,
+    ReplayEnd,
+    RequestReplay,
+    Stream,
+)
+
+GROUPS_MAX = 64
+RESTARTS_SUSPECT, RESTARTS_WITHIN_S = 4, 10.0
+"""So many restarts within so many seconds are no restarts: two publishers speak under one name."""
+Network: TypeAlias = RequestReplay | CancelReplay
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    blocks_max: int = 8_000_000  # per engine and medium; beyond, what is there becomes doubtful and ages out
+    doubt_ttl_s: float = 600.0  # how long doubtful entries stay usable
+
+
+class Engine:
+    """Not thread-safe. Time is an argument."""
+
+    def __init__(
+        self,
+        engine: EngineId,
+        residency: Residency,
+        stream: Stream,
+        naming: Naming,
+        *,
+        bounds: Bounds | None = None,
+        reannounces: bool = False,
+        drop_last_blocks: int = 0,
+    ) -> None:
+        self.id = engine
+        self.stream = stream
+        self.naming = naming
+        self.rules: dict[int, GroupRule] = {}
+        self.counts: Counter[str] = Counter()
+        """Events by what became of them: applied, stored, removed, cleared, duplicate, gap, restart, or a rejection."""
+        self.heard_at: float | None = None
+        self.lag_s = 0.0  # from the engine's `ts` of the last message to its being applied
+        self._residency = residency
+        self._bounds = bounds or Bounds()
+        self._reannounces = reannounces
+        self._drop_last_blocks = drop_last_blocks
+        self._restarts: list[float] = []
+        self._odd = ""  # a lasting reason not to be exact
+        self._findings: list[Finding] = []
+
+    # -- what the index asks -------------------------------------------------------------------------------------------
+
+    @property
+    def sync(self) -> Sync:
+        sync = self.stream.sync
+        return Sync.INEXACT if sync is Sync.EXACT and self.inexact_reason else sync
+
+    @property
+    def inexact_reason(self) -> str:
+        if self.stream.inexact_reason:
+            return self.stream.inexact_reason
+        if self._odd:
+            return self._odd
+        if self._reannounces:
+            return "it announces blocks again that it merely hit: copies cannot be counted"
+        if self.naming.unnamed:
+            return "some of its blocks cannot be named: what they follow was never announced"
+        if self.naming.mode is Mode.RECOMPUTE and self.naming.blind_to_extras:
+            return "its events carry no extra keys and its hashes cannot be reproduced: salted prompts look unsalted"
+        return ""
+
+    def groups(self) -> EngineGroups:
+        size = self.naming.block_size or 1
+        exact = self.sync is Sync.EXACT
+        places = self._residency.places(self.id)
+        return EngineGroups(self.id, exact, places, self.rules, size, self._drop_last_blocks)
+
+    def blocks(self) -> dict[Medium, int]:
+        return self._residency.blocks(self.id)
+
+    def take_findings(self) -> list[Finding]:
+        findings, self._findings = self._findings, []
+        return findings
+
+    # -- what happens to it --------------------------------------------------------------------------------------------
+
+    def on_attached(self, now: float) -> list[Network]:
+        return self._perform(self.stream.on_attached(now), now)
+
+    def on_message(self, message: Message, now: float) -> list[Network]:
+        self.heard_at = now
+        return self._perform(self.stream.on_message(message, now), now)
+
+    def on_replayed(self, message: Message, now: float) -> list[Network]:
+        return self._perform(self.stream.on_replayed(message, now), now)
+
+    def on_replay_end(self, end: ReplayEnd, now: float) -> list[Network]:
+        self.counts[f"replay-{end}"] += 1
+        return self._perform(self.stream.on_replay_end(end, now), now)
+
+    def on_process_start(self, start_s: float, now: float) -> list[Network]:
+        return self._perform(self.stream.on_process_start(start_s, now), now)
+
+    def on_returned(self, now: float) -> list[Network]:
+        return self._perform(self.stream.on_returned(now), now)
+
+    def on_tick(self, now: float) -> list[Network]:
+        self._residency.expire_doubts(now - self._bounds.doubt_ttl_s, self.id)
+        return self._perform(self.stream.on_tick(now), now)
+
+    def forget(self) -> None:
+        """It is gone: nothing of it stays."""
+        self._residency.clear(self.id)
+        self.naming.forget_names()
+
+    # -- effects -------------------------------------------------------------------------------------------------------
+
+    def _perform(self, effects: Sequence[Effect], now: float) -> list[Network]:
+        network: list[Network] = []
+        pending = list(effects)
+        while pending:
+            effect = pending.pop(0)
+            match effect:
+                case Apply(message):
+                    pending = [*self._apply(message.batch, now), *pending]
+                case BeginEpoch(reason):
+                    self._begin_epoch(reason, now)
+                case Doubt(reason):
+                    self.counts["loss"] += 1
+                    self._residency.doubt(self.id, now)
+                    self._findings.append(Finding("loss", reason))
+                case DropDoubtful():
+                    self._residency.expire_doubts(float("inf"), self.id)
+                case Duplicate():
+                    self.counts["duplicate"] += 1
+                case RequestReplay() | CancelReplay():
+                    network.append(effect)
+        return network
+
+    def _apply(self, batch: EventBatch, now: float) -> list[Effect]:
+        self.counts["batch"] += 1
+        self.lag_s = max(0.0, now - batch.ts)
+        self._learn_groups(batch)
+        for cleared, events in _between_clears(batch.events):
+            if cleared:
+                self._clear(now)
+            self._apply_events(events, now)
+        return self._reject(batch.rejected, now)
+
+    def _apply_events(self, events: Sequence[BlockStored | BlockRemoved], now: float) -> None:
+        """Names are learned from all of them first: a window group may be announced before the group that tells."""
+        findings, renamed = self.naming.study(events, self.rules)
+        self._findings += findings
+        if renamed:
+            self._residency.rename(self.id, renamed)
+        for event in events:
+            if isinstance(event, BlockStored):
+                self._store(event, now)
+            else:
+                self._remove(event)
+
+    def _learn_groups(self, batch: EventBatch) -> None:
+        for event in batch.events:
+            if not isinstance(event, BlockStored) or event.group in self.rules:
+                continue
+            if len(self.rules) >= GROUPS_MAX:
+                self._odd = f"it has more than {GROUPS_MAX} cache groups"
+                return
+            rule = self.rules[event.group] = GroupRule.of(event.kind, event.window)
+            self._residency.version += 1
+            if rule.kind is Kind.UNKNOWN:
+                self._odd = f"cache group {event.group} is of kind {rule.name!r}, whose hits are not known"
+                self._findings.append(Finding("unknown-group-kind", self._odd))
+
+    def _store(self, event: BlockStored, now: float) -> None:
+        size = event.block_size
+        if size and event.medium is Medium.GPU:
+            if self.naming.block_size is None:
+                self.naming.block_size = size
+                self._residency.version += 1
+            elif size != self.naming.block_size and not self._odd:
+                self._odd = f"it has blocks of {self.naming.block_size} and of {size} tokens"
+                self._findings.append(Finding("mixed-block-sizes", self._odd))
+        keys = self.naming.stored(event)
+        self.counts["stored"] += len(keys)
+        write = self._residency.hold if self._reannounces else self._residency.store
+        write(self.id, event.group, event.medium, keys)
+        place = self._residency.places(self.id)[event.group, event.medium]
+        if place.live.blocks > self._bounds.blocks_max:
+            self._residency.doubt(self.id, now, [event.medium])
+            self._odd = f"more than {self._bounds.blocks_max} blocks on {event.medium}: the oldest are aging out"
+            self._findings.append(Finding("too-many-blocks", self._odd))
+
+    def _remove(self, event: BlockRemoved) -> None:
+        keys = self.naming.removed(event)
+        self.counts["removed"] += len(keys)
+        missing = self._residency.remove(self.id, event.group, event.medium, keys)
+        self.counts["removed-unknown"] += missing
+
+    def _clear(self, now: float) -> None:
+        """The gpu's pool is empty; whether the other tiers went with it, the event does not say: they are in doubt."""
+        self.counts["cleared"] += 1
+        self._residency.clear(self.id, [Medium.GPU])
+        self._residency.doubt(self.id, now)
+        if not self._residency.places(self.id):
+            self.naming.forget_names()
+
+    def _reject(self, rejected: Sequence[RejectedEvent], now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for event in rejected:
+            self.counts[event.rejection] += 1
+            self._findings.append(Finding(event.rejection, event.why))
+            if event.lossy:
+                effects += self.stream.on_unusable(f"an event could not be read: {event.why}", now)
+        return effects
+
+    def _begin_epoch(self, reason: str, now: float) -> None:
+        self.counts["restart"] += 1
+        self._residency.clear(self.id)
+        self.naming.begin_epoch()
+        self.rules.clear()
+        self._odd = ""
+        self._findings.append(Finding("restart", reason))
+        self._restarts = [*self._restarts[1 - RESTARTS_SUSPECT :], now]
+        if len(self._restarts) == RESTARTS_SUSPECT and now - self._restarts[0] < RESTARTS_WITHIN_S:
+            self._odd = "its messages keep beginning again: two publishers seem to use its name"
+            self._findings.append(Finding("name-claimed-twice", self._odd))
+
+
+def _between_clears(events: Sequence[Event]) -> Iterator[tuple[bool, list[BlockStored | BlockRemoved]]]:
+    """The runs of events between clears, and whether a clear comes before."""
+    cleared, run = False, list[BlockStored | BlockRemoved]()
+    for event in events:
+        if isinstance(event, AllBlocksCleared):
+            yield cleared, run
+            cleared, run = True, []
+        else:
+            run.append(event)
+    yield cleared, run

@@ -1,0 +1,341 @@
+"""What to call an engine's blocks: by the engine's own hashes if a router can compute them, else by hashes of our own.
+
+An event carries token ids and the engine's hash of them, so the hash profile can be verified from a *root*: a store
+with parent None on the gpu by a full-attention group. One root that fits proves a profile. One that does not fit proves
+less:
+
+| a root that fits nothing, where ...                         | means                                                |
+|-------------------------------------------------------------|------------------------------------------------------|
+| events name their extra keys (vLLM >= 0.22)                 | the hashes cannot be reproduced: *recompute*         |
+| they do not, and no profile is configured                   | the same, until a later root proves a profile        |
+| they do not, and a profile is configured                    | perhaps a salted request: wait for more roots        |
+
+*Recomputing* an engine: each block is hashed again from its token ids with a profile of ours, and its own hash is kept
+beside (`_names`) to know what a removal means. Should a later root prove a profile after all, everything is renamed
+back.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from kvatlas_common.blocks.discover import RootBlock, discover, explain, refine, reproduces
+from kvatlas_common.blocks.extras import UnknownExtra, event_extra
+from kvatlas_common.blocks.keys import block_state, key_of, root_state
+from kvatlas_common.blocks.profile import FIXED_SEED, Algorithm, ExtraKeys, HashProfile, recomputed
+from kvatlas_common.events.types import BlockRemoved, BlockStored, Event, MalformedBatch
+from kvatlas_common.fleet import Adapter
+from kvatlas_common.words import Medium
+from kvatlas_indexer.core.match import GroupRule, Kind
+
+UNPROVEN_ROOTS_MAX = 8
+"""Roots without extra keys that may fail a configured profile before it is given up."""
+FULL_SEARCHES_MAX = 8
+"""Roots on which every known seed is tried; later ones are held against configured and fleet profiles only."""
+DROPPED_NAMES_MAX = 65_536
+"""Names kept of blocks no longer held: an offload tier may store one just after the gpu has evicted it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The hash settings of the configuration; None: not given."""
+
+    algorithm: Algorithm | None = None
+    seed: str | None = None
+    block_size: int | None = None
+
+    def profiles(self, block_size: int) -> list[HashProfile]:
+        """What the configuration may mean for an engine of this block size."""
+        if self.algorithm is None and self.seed is None:
+            return []
+        algorithms = [self.algorithm] if self.algorithm else list(Algorithm)
+        seed = FIXED_SEED if self.seed is None else self.seed
+        return [HashProfile(a, seed, block_size, extra) for a in algorithms for extra in _extras_of(a)]
+
+
+def _extras_of(algorithm: Algorithm) -> tuple[ExtraKeys, ...]:
+    """The likeliest first. 0.10 is the only version with the 64-bit form."""
+    if algorithm is Algorithm.SHA256_CBOR_64BIT:
+        return (ExtraKeys.LORA_ID, ExtraKeys.LORA_NAME)
+    return (ExtraKeys.TAGGED, ExtraKeys.LORA_NAME, ExtraKeys.LORA_ID)
+
+
+class Mode(Enum):
+    OWN = "the engine's own hashes"
+    RECOMPUTE = "hashes of ours"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something the operator should know. `code` is few-valued: the label of a counter."""
+
+    code: str
+    text: str
+
+
+@dataclass(slots=True)
+class _Name:
+    state: bytes  # our hash; the key is its low 64 bits
+    copies: int  # how many times the engine holds the block, over all groups and media
+
+
+class Naming:
+    """One engine's naming. `adapters`: those it serves; `others`: the profiles verified in the fleet."""
+
+    def __init__(
+        self,
+        expected: Expected | None = None,
+        *,
+        may_reproduce: bool = True,
+        adapters: Callable[[], Sequence[Adapter]] = tuple,
+        others: Callable[[], Iterable[HashProfile]] = tuple,
+    ) -> None:
+        self.mode = Mode.OWN if may_reproduce else Mode.RECOMPUTE
+        self.profile: HashProfile | None = None
+        self.verified = False
+        self.block_size: int | None = None
+        self.unnamed = 0  # blocks no lookup can find because their chain is not known
+        self.blind_to_extras = False  # recomputing, and the events do not say which requests were salted
+        self._expected = expected or Expected()
+        self._may_reproduce = may_reproduce
+        self._adapters = adapters
+        self._others = others
+        self._extras_proven = False
+        self._roots_failed = 0
+        self._named_wrong = False
+        self._names: dict[int, _Name] = {}
+        self._dropped: OrderedDict[int, bytes] = OrderedDict()
+
+    # -- before a message is applied -----------------------------------------------------------------------------------
+
+    def study(
+        self, events: Sequence[Event], rules: dict[int, GroupRule]
+    ) -> tuple[list[Finding], list[tuple[int, int]]]:
+        """Learns from a message before it is applied: the profile, and in recompute mode the names of its blocks.
+
+        Returns findings, and (old, new) pairs of keys to be renamed because a profile has been proven after all.
+        """
+        findings: list[Finding] = []
+        renamed: list[tuple[int, int]] = []
+        for event in events:
+            if not isinstance(event, BlockStored) or not _tells(event, rules):
+                continue
+            try:
+                if event.medium is Medium.GPU and self._wants(event):
+                    root = self._root(event)
+                    findings += self._judge(root, event.says_extra_keys)
+                    if self.verified and self.mode is Mode.RECOMPUTE:
+                        renamed += self._back_to_own()
+                if self.mode is Mode.RECOMPUTE:
+                    self._name(event)
+            except (MalformedBatch, UnknownExtra) as unusable:
+                findings.append(Finding("unusable-event", str(unusable)))
+        return findings, renamed
+
+    def _wants(self, event: BlockStored) -> bool:
+        """Only a root tells, and only while something is not proven: token ids are dear to decode."""
+        if event.parent is not None or not self._may_reproduce:
+            return False
+        if not self.verified:
+            return True
+        return not self._extras_proven and (event.lora_id is not None or event.lora_name is not None or _salted(event))
+
+    def _root(self, event: BlockStored) -> RootBlock:
+        extras = event.extra_keys()
+        adapter = self._adapter(event)
+        return RootBlock(
+            key=event.keys[0],
+            tokens=event.token_ids()[: event.block_size],
+            untagged=extras[0] if extras else None,
+            lora_id=event.lora_id,
+            lora_name=adapter.name or None,
+            lora_path=adapter.path,
+            full=event.full[0] if event.full else None,
+        )
+
+    def _adapter(self, event: BlockStored) -> Adapter:
+        """The adapter of an event: its name is not in the event before vLLM 0.16, its path never."""
+        if event.lora_name is None and event.lora_id is None:
+            return Adapter("")
+        for adapter in self._adapters():
+            if adapter.name == event.lora_name or (event.lora_name is None and adapter.number == event.lora_id):
+                return adapter
+        return Adapter(event.lora_name or "", None, event.lora_id)
+
+    def _judge(self, root: RootBlock, says_extra_keys: bool) -> list[Finding]:
+        self.block_size = len(root.tokens)
+        if self.verified:
+            return self._refine(root)
+        candidates = [*self._expected.profiles(self.block_size), *self._others()]
+        if self.profile is not None:
+            candidates.insert(0, self.profile)
+        found = next((profile for profile in candidates if reproduces(profile, root)), None)
+        if found is None and self._roots_failed < FULL_SEARCHES_MAX:
+            found = discover(root, (), [self._expected.seed] if self._expected.seed else [])
+        if found is None:
+            return self._unproven(root, says_extra_keys)
+        self._extras_proven = bool(root.untagged) or root.lora_id is not None or root.lora_name is not None
+        if not self._extras_proven and not says_extra_keys and found.extra_keys is ExtraKeys.TAGGED:
+            found = replace(found, extra_keys=ExtraKeys.LORA_NAME)  # before 0.22, long before there were tags
+        self.profile, self.verified = found, True
+        return self._compare(found)
+
+    def _refine(self, root: RootBlock) -> list[Finding]:
+        assert self.profile is not None
+        if (refined := refine(self.profile, root)) is not None:
+            self.profile, self._extras_proven = refined, True
+        return []
+
+    def _unproven(self, root: RootBlock, says_extra_keys: bool) -> list[Finding]:
+        self._roots_failed += 1
+        configured = self._expected.profiles(len(root.tokens))
+        adapted = root.lora_id is not None or root.lora_name is not None
+        if adapted and (root.lora_path is None or root.lora_name is None):
+            return []  # its hash may hold a name or path that is not known: no evidence either way
+        if configured and not says_extra_keys and self._roots_failed < UNPROVEN_ROOTS_MAX:
+            self.profile = configured[0]
+            return []
+        self._recompute(len(root.tokens), blind=not says_extra_keys)
+        if self._named_wrong or (not says_extra_keys and self._roots_failed < UNPROVEN_ROOTS_MAX):
+            return []
+        self._named_wrong = True
+        return [Finding("hashes-not-reproducible", explain(configured[0], None) if configured else _UNKNOWABLE)]
+
+    def _compare(self, found: HashProfile) -> list[Finding]:
+        """Is what the engine does what the configuration says?"""
+        configured = self._expected.profiles(found.block_size)
+        wrong = configured and not any((c.algorithm, c.seed) == (found.algorithm, found.seed) for c in configured)
+        if wrong:
+            return [Finding("profile-differs", explain(configured[0], found))]
+        if self._expected.block_size not in {None, found.block_size}:
+            text = (
+                f"engine has blocks of {found.block_size} tokens, configured blockSize is {self._expected.block_size}: "
+                f"set blockSize: {found.block_size} (keys are made with the engine's)"
+            )
+            return [Finding("block-size-differs", text)]
+        return []
+
+    # -- while it is applied -------------------------------------------------------------------------------------------
+
+    def stored(self, event: BlockStored) -> Sequence[int]:
+        """The keys of blocks now held.
+
+        In recompute mode, blocks whose chain is not known keep the engine's own hash: no lookup finds them, and they
+        are counted; but should a profile be proven later, they are where they belong.
+        """
+        if self.mode is Mode.OWN:
+            return event.keys
+        keys: list[int] = []
+        for own in event.keys:
+            name = self._names.get(own)
+            if name is None:
+                state = self._dropped.pop(own, None)
+                if state is None:
+                    self.unnamed += 1
+                    keys.append(own)
+                    continue
+                name = self._names[own] = _Name(state, 0)
+            name.copies += 1
+            keys.append(key_of(name.state))
+        return keys
+
+    def removed(self, event: BlockRemoved) -> Sequence[int]:
+        if self.mode is Mode.OWN:
+            return event.keys
+        keys: list[int] = []
+        for own in event.keys:
+            name = self._names.get(own)
+            if name is None:
+                keys.append(own)
+                continue
+            keys.append(key_of(name.state))
+            name.copies -= 1
+            if name.copies <= 0:
+                del self._names[own]
+                self._dropped[own] = name.state
+                if len(self._dropped) > DROPPED_NAMES_MAX:
+                    self._dropped.popitem(last=False)
+        return keys
+
+    def begin_epoch(self) -> None:
+        """The engine may have come back with other settings: its profile is to be proven again."""
+        self.verified = self._extras_proven = self._named_wrong = False
+        self._roots_failed = self.unnamed = 0
+        self.forget_names()
+
+    def forget_names(self) -> None:
+        self._names.clear()
+        self._dropped.clear()
+
+    # -- recomputing ---------------------------------------------------------------------------------------------------
+
+    def _recompute(self, block_size: int, *, blind: bool) -> None:
+        self.mode, self.blind_to_extras = Mode.RECOMPUTE, blind
+        self.profile, self.verified = recomputed(block_size), False
+
+    def _name(self, event: BlockStored) -> None:
+        """Hashes the blocks of a store anew, if its parent is known."""
+        size, profile = event.block_size, recomputed(event.block_size)
+        if self.block_size is None or self.profile is None:
+            self._recompute(size, blind=not event.says_extra_keys)
+            self.block_size = size
+        if event.parent is None:
+            state = root_state(profile)
+        elif (parent := self._names.get(event.parent)) is not None:
+            state = parent.state
+        elif event.parent in self._dropped:
+            state = self._dropped[event.parent]
+        else:
+            return
+        tokens, extras, adapter = event.token_ids(), event.extra_keys(), self._adapter(event)
+        for i, own in enumerate(event.keys):
+            untagged = extras[i] if extras and i < len(extras) else None
+            extra = event_extra(profile.extra_keys, untagged, event.lora_id, adapter.name or None, None)
+            state = block_state(profile, state, tokens[i * size : (i + 1) * size], extra)
+            if own not in self._names:
+                self._names[own] = _Name(state, 0)
+
+    def _back_to_own(self) -> list[tuple[int, int]]:
+        names: list[tuple[int, int]] = [
+            (key_of(name.state), own) for own, name in self._names.items() if name.copies > 0
+        ]
+        self.mode, self.blind_to_extras, self.unnamed = Mode.OWN, False, 0
+        self.forget_names()
+        return names
+
+
+_UNKNOWABLE = (
+    "its block hashes cannot be reproduced (most likely PYTHONHASHSEED is not set on the engine, so that its seed is "
+    "random): keys are recomputed from token ids; set PYTHONHASHSEED on all engines and hashSeed to the same"
+)
+
+
+def _tells(event: BlockStored, rules: dict[int, GroupRule]) -> bool:
+    """Whether its token ids and hashes belong together, block by block, and parent None means the prompt's start."""
+    if not event.keys or event.block_size == 0:
+        return False
+    if _tokens_in(event) != len(event.keys) * event.block_size:
+        return False
+    if GroupRule.of(event.kind, event.window).kind is Kind.FULL:
+        return True
+    return not any(rule.kind is Kind.FULL for rule in rules.values())
+
+
+def _tokens_in(event: BlockStored) -> int:
+    """How many token ids there are, from the msgpack array header alone."""
+    raw = memoryview(event.raw_token_ids)
+    if raw and 0x90 <= raw[0] <= 0x9F:
+        return raw[0] & 0x0F
+    if len(raw) >= 3 and raw[0] == 0xDC:
+        return int.from_bytes(raw[1:3], "big")
+    if len(raw) >= 5 and raw[0] == 0xDD:
+        return int.from_bytes(raw[1:5], "big")
+    return 0
+
+
+def _salted(event: BlockStored) -> bool:
+    extras = event.extra_keys()
+    return bool(extras and extras[0])
