@@ -60,10 +60,14 @@ class Settings(BaseModel):
 class HashSettings(Settings):
     """How engines hash blocks. Nothing is needed: what is not given is discovered from live events."""
 
-    block_size: int | None = Field(None, ge=1, le=65536, description="tokens per block, as in vLLM's --block-size")
-    hash_seed: str | None = Field(None, min_length=1, description="the engines' PYTHONHASHSEED")
-    prefix_caching_hash_algo: HashAlgo | None = Field(None, description="as in vLLM's --prefix-caching-hash-algo")
-    model: str | None = Field(None, min_length=1, description="path or hub name of the model's tokenizer files")
+    block_size: int | None = Field(
+        default=None, ge=1, le=65536, description="tokens per block, as in vLLM's --block-size"
+    )
+    hash_seed: str | None = Field(default=None, min_length=1, description="the engines' PYTHONHASHSEED")
+    prefix_caching_hash_algo: HashAlgo | None = Field(
+        default=None, description="as in vLLM's --prefix-caching-hash-algo"
+    )
+    model: str | None = Field(default=None, min_length=1, description="path or hub name of the model's tokenizer files")
 
 
 def _source(written: object, info: ValidationInfo) -> EngineSource:
@@ -88,21 +92,24 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 class EngineSettings(Settings):
     """Which engines there are and how they are reached."""
 
-    engine_port: Port = Field(8000, description="HTTP port of engines that name none")
+    engine_port: Port = Field(default=8000, description="HTTP port of engines that name none")
     zmq_dial_port: Port | None = Field(
-        None, description="dial KV events here on engines that name no endpoint (5557, usually); rank N at port+N"
+        default=None,
+        description="dial KV events here on engines that name no endpoint (5557, usually); rank N at port+N",
     )
     zmq_replay_port: Port | None = Field(
-        None, description="ask for missed KV events here on engines that name no endpoint (5558, usually)"
+        default=None, description="ask for missed KV events here on engines that name no endpoint (5558, usually)"
     )
-    engine_api_key: SecretStr | None = Field(None, description="API key of engines that name none")
-    engine_refresh_s: float = Field(5.0, gt=0, le=3600, description="how often files and names are looked at again")
+    engine_api_key: SecretStr | None = Field(default=None, description="API key of engines that name none")
+    engine_refresh_s: float = Field(
+        default=5.0, gt=0, le=3600, description="how often files and names are looked at again"
+    )
     engines: Annotated[
         tuple[Annotated[EngineSource, PlainValidator(_source), PlainSerializer(str)], ...],
         AfterValidator(_without_clashes),
         Spelled(flag="--engine", split=split_list),
     ] = Field(
-        (),
+        default=(),
         max_length=10_000,
         description="an engine, 127.0.0.1:8001,events=5557,replay=5558,ranks=2,api-key-env=NAME; or every address of a "
         "name, dns:vllm.default.svc:8000; or the list in a file, file:engines.yaml",
@@ -116,8 +123,10 @@ class EngineSettings(Settings):
 class LogSettings(Settings):
     """What is logged, to standard error."""
 
-    log_level: LogLevel = Field("info", description="the least of what is logged")
-    log_format: LogFormat = Field("auto", description="JSON lines, text, or text on a terminal and JSON elsewhere")
+    log_level: LogLevel = Field(default="info", description="the least of what is logged")
+    log_format: LogFormat = Field(
+        default="auto", description="JSON lines, text, or text on a terminal and JSON elsewhere"
+    )
 
 
 def load(model: type[M], argv: Sequence[str], environ: Mapping[str, str], *, prog: str, description: str = "") -> M:
