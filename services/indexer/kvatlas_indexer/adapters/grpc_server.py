@@ -1,0 +1,228 @@
+"""`kvatlas.v1.KvIndex` over an `Index`: what routers ask of an indexer, and tell it.
+
+A request that cannot be answered is told why: `INVALID_ARGUMENT` names the field, `NOT_FOUND` the model,
+`RESOURCE_EXHAUSTED` the limit. An observation that does not parse costs itself, not the stream it came in: routers of a
+later version may say more than this one understands.
+
+Stopping drains: health turns to NOT_SERVING, the endless streams end with UNAVAILABLE (routers go to another shard),
+lookups under way are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from kvatlas_common import wire
+from kvatlas_common.observations import Observation
+from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
+from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as pb_grpc
+from kvatlas_common.words import EngineId
+from kvatlas_indexer.adapters.addresses import AddressUnavailable, unavailable
+from kvatlas_indexer.core.contracts import FleetDelta, Index, UnknownModel
+
+log = logging.getLogger(__name__)
+
+SERVICE = pb.DESCRIPTOR.services_by_name["KvIndex"].full_name
+PROFILES_MAX = 16
+MESSAGE_OVERHEAD_BYTES = 1 << 20  # names, engine subsets, framing
+
+T = TypeVar("T")
+Context = grpc.aio.ServicerContext[object, object]
+OnObservation = Callable[[Observation], None]
+
+
+@dataclass(frozen=True, slots=True)
+class GrpcOptions:
+    """`keys_max`: block keys of one prompt; the default is a prompt of a million tokens in blocks of 16."""
+
+    keys_max: int = 65_536
+
+    @property
+    def message_bytes_max(self) -> int:
+        return self.keys_max * 8 * PROFILES_MAX + MESSAGE_OVERHEAD_BYTES
+
+
+@dataclass(slots=True)
+class Observed:
+    """Counts since the start."""
+
+    received: int = 0
+    refused: int = 0  # did not parse
+
+
+class GrpcServer:
+    """The gRPC side of an indexer, in the caller's event loop."""
+
+    def __init__(self, index: Index, on_observation: OnObservation, options: GrpcOptions | None = None) -> None:
+        self.observed = Observed()
+        options = options or GrpcOptions()
+        self._draining = asyncio.Event()
+        self._health = health_aio.HealthServicer()
+        limit = options.message_bytes_max
+        self._server = grpc.aio.server(
+            options=(
+                ("grpc.so_reuseport", 0),  # else a second indexer would silently take every other connection
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.max_send_message_length", limit),
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ),
+        )
+        servicer = _KvIndex(index, on_observation, options, self.observed, self._draining)
+        pb_grpc.add_KvIndexServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME), self._server
+        )
+
+    async def start(self, host: str, port: int) -> int:
+        """Serve; answers the port (0 takes a free one). Raises `AddressUnavailable`."""
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        await _check_available(host, port, address)
+        try:
+            bound = self._server.add_insecure_port(address)
+        except RuntimeError as error:  # gRPC does not say why
+            raise AddressUnavailable("gRPC", address, str(error), "Check --grpc-port.") from error
+        await self._server.start()
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        return bound
+
+    async def stop(self, grace_s: float) -> None:
+        """Drain: end the streams, answer the lookups under way for at most `grace_s`, then close."""
+        await self._health.enter_graceful_shutdown()
+        self._draining.set()
+        await self._server.stop(grace_s)
+
+
+class _KvIndex(pb_grpc.KvIndexServicer):
+    def __init__(
+        self,
+        index: Index,
+        on_observation: OnObservation,
+        options: GrpcOptions,
+        observed: Observed,
+        draining: asyncio.Event,
+    ) -> None:
+        self._index = index
+        self._on_observation = on_observation
+        self._options = options
+        self._observed = observed
+        self._draining = draining
+
+    async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchResponse:
+        keys_max = self._options.keys_max
+        if len(request.prompts) > PROFILES_MAX or any(len(p.keys) > keys_max * 8 for p in request.prompts):
+            await context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"prompts: at most {PROFILES_MAX} hash profiles of {keys_max} keys each",
+            )
+        try:
+            model, prompts, engines = _lookup(request)
+        except ValueError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        try:
+            answer = await self._index.match(model, prompts, engines)
+        except UnknownModel:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"model: no engine serves {model!r}")
+        return wire.match_response(answer)
+
+    async def WatchFleet(self, request: pb.WatchFleetRequest, context: Context) -> AsyncIterator[pb.FleetUpdate]:
+        log.info("router %r watches the fleet", request.router)
+        deltas = cast(AsyncGenerator[FleetDelta, None], self._index.watch())
+        async with aclosing(deltas), aclosing(_until(self._draining, deltas)) as current:
+            async for delta in current:
+                yield pb.FleetUpdate(
+                    snapshot=delta.snapshot,
+                    engines=[wire.engine_message(view) for view in delta.changed],
+                    removed=[str(engine) for engine in delta.removed],
+                )
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
+
+    async def Observe(self, requests: AsyncIterator[pb.Observation], context: Context) -> pb.ObserveSummary:
+        received = refused = 0
+        async with aclosing(_until(self._draining, aiter(requests))) as current:
+            async for message in current:
+                received += 1
+                self._observed.received += 1
+                try:
+                    observation = wire.observation(message)
+                except ValueError as error:
+                    refused += 1
+                    self._observed.refused += 1
+                    if refused == 1:  # one line per stream, however many follow
+                        log.warning("an observation from %s is not understood: %s", context.peer(), error)
+                    continue
+                self._on_observation(observation)
+        if self._draining.is_set():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
+        return pb.ObserveSummary(received=received)
+
+
+def _lookup(request: pb.MatchRequest) -> tuple[str, dict[str, list[int]], tuple[EngineId, ...]]:
+    """Raises `ValueError` that names the field."""
+    if not request.model:
+        raise ValueError("model: not given")
+    if not request.prompts:
+        raise ValueError("prompts: none given")
+    prompts: dict[str, list[int]] = {}
+    for number, prompt in enumerate(request.prompts):
+        if not prompt.profile:
+            raise ValueError(f"prompts[{number}].profile: not given")
+        try:
+            prompts[prompt.profile] = wire.unpack_keys(prompt.keys)
+        except ValueError as error:
+            raise ValueError(f"prompts[{number}].{error}") from error
+    try:
+        engines = tuple(EngineId.parse(engine) for engine in request.engines)
+    except ValueError as error:
+        raise ValueError(f"engines: {error}") from error
+    return request.model, prompts, engines
+
+
+async def _until(stop: asyncio.Event, items: AsyncIterator[T]) -> AsyncGenerator[T, None]:
+    """The items until `stop` is set or there are no more. `items` is left to its owner to close."""
+    stopped = asyncio.ensure_future(stop.wait())
+    coming: asyncio.Future[T] | None = None
+    try:
+        while True:
+            coming = asyncio.ensure_future(anext(items))
+            await asyncio.wait((stopped, coming), return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                return
+            try:
+                item = coming.result()
+            except StopAsyncIteration:
+                return
+            yield item
+    finally:
+        stopped.cancel()
+        if coming is not None and not coming.done():
+            coming.cancel()
+            await asyncio.wait((coming,))
+
+
+async def _check_available(host: str, port: int, address: str) -> None:
+    """Bind and let go: gRPC's own error does not say why. Raises `AddressUnavailable`."""
+    if port == 0:
+        return
+    try:
+        server = await asyncio.start_server(lambda reader, writer: writer.close(), host, port)
+    except OSError as error:
+        number = error.errno if error.errno and error.errno > 0 else errno.EADDRNOTAVAIL  # a name that does not resolve
+        raise unavailable("gRPC", address, number, "--grpc-port") from error
+    server.close()
+    await server.wait_closed()
