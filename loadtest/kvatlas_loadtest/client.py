@@ -62,7 +62,7 @@ class Answer:
 class _Reading:
     """What the stream has said so far."""
 
-    usage: _Usage = _Usage()
+    usage: _Usage = field(default_factory=_Usage)
     text: list[str] = field(default_factory=list)
     first_at: float | None = None
     error: str = "cut"  # until the stream says that it is done

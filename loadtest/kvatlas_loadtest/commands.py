@@ -15,6 +15,7 @@ import zmq
 
 from kvatlas_common.blocks.profile import Algorithm
 from kvatlas_common.fleet import Adapter
+from kvatlas_common.prompts.errors import BadModelFiles, ModelFilesMissing
 from kvatlas_loadtest.block_pool import PoolVersion
 from kvatlas_loadtest.captures import CaptureError
 from kvatlas_loadtest.engine import ANY_PORT, TINY_MODEL, EngineConfig, SimulatedEngine
@@ -22,7 +23,6 @@ from kvatlas_loadtest.events import WireVersion
 from kvatlas_loadtest.replay import ReplayOptions, replay
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.time_model import NO_TIME, TimeModel
-from kvatlas_loadtest.vocabulary import ModelFilesError
 
 EXIT_DIFFERENT, EXIT_UNUSABLE = 1, 2
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         return int(args.run(args))
-    except (CaptureError, ModelFilesError, ValueError, OSError, zmq.ZMQError) as error:
+    except (CaptureError, ModelFilesMissing, BadModelFiles, ValueError, OSError, zmq.ZMQError) as error:
         print(f"kvatlas_loadtest {args.command}: {error}", file=sys.stderr)
         return EXIT_UNUSABLE
 
@@ -89,6 +89,16 @@ def _hash_options(parser: argparse.ArgumentParser, algorithm: str | None) -> Non
     )
 
 
+def _adapter_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--lora-modules", nargs="*", default=[], metavar="NAME=PATH", help="adapters the engine serves, numbered from 1"
+    )
+
+
+def _adapters(args: argparse.Namespace) -> tuple[Adapter, ...]:
+    return tuple(_adapter(text, number) for number, text in enumerate(args.lora_modules, 1))
+
+
 def _engine_options(parser: argparse.ArgumentParser) -> None:
     limits, config = EngineLimits(), EngineConfig()
     add = parser.add_argument
@@ -96,7 +106,7 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     add("--port", type=int, default=0, help="port of the API; 0: any free one (default)")
     add("--model", type=Path, default=TINY_MODEL, help="folder with the tokenizer and template (default: a tiny model)")
     add("--served-model-name", default="tiny", help="(default: %(default)s)")
-    add("--lora-modules", nargs="*", default=[], metavar="NAME=PATH", help="adapters, numbered from 1")
+    _adapter_option(parser)
     add("--vllm-version", type=WireVersion, choices=list(WireVersion), default=WireVersion.V0_32, metavar="VERSION")
     add("--num-gpu-blocks-override", type=int, default=limits.num_blocks, metavar="N", help="(default: %(default)s)")
     add("--block-size", type=int, default=limits.block_size, metavar="TOKENS", help="(default: %(default)s)")
@@ -134,6 +144,7 @@ def _replay_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="chunk of a prompt (default: 2048; pool 0.10: no chunks)",
     )
+    _adapter_option(parser)
     add("--json", action="store_true", help="print the counts as JSON")
 
 
@@ -150,6 +161,7 @@ def _run_replay(args: argparse.Namespace) -> int:
         pool=args.pool,
         resets=args.resets,
         max_num_batched_tokens=args.max_num_batched_tokens,
+        adapters=_adapters(args),
     )
     report = replay(args.capture, options)
     if args.json:
@@ -173,7 +185,7 @@ def _run_engine(args: argparse.Namespace) -> int:
     config = EngineConfig(
         model=args.served_model_name,
         model_path=args.model.resolve(),
-        adapters=tuple(_adapter(text, number) for number, text in enumerate(args.lora_modules, 1)),
+        adapters=_adapters(args),
         host=args.host,
         port=args.port,
         version=args.vllm_version,

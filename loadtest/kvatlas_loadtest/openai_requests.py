@@ -31,7 +31,7 @@ class Wanted:
         """Raises `ApiError` that names the field."""
         stop = body.get("stop")
         options = _field(body, "stream_options", dict, {})
-        max_tokens = _field(body, "max_completion_tokens", int, None) or _field(body, "max_tokens", int, None)
+        max_tokens = _field(body, "max_completion_tokens", int, _field(body, "max_tokens", int, None))
         choices = _field(body, "n", int, 1)
         if max_tokens is not None and max_tokens < 1:
             raise ApiError(400, f"max_tokens must be at least 1, got {max_tokens}.", param="max_tokens")

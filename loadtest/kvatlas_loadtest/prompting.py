@@ -6,26 +6,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from tokenizers import Tokenizer
-
-from kvatlas_common.prompts.requests import COMPLETIONS, ChatPrompt, TextPrompt, Unrenderable, understand
+from kvatlas_common.prompts.errors import PromptError
+from kvatlas_common.prompts.prompt import PromptPipeline
+from kvatlas_common.prompts.requests import COMPLETIONS, Unrenderable, understand
 from kvatlas_loadtest.openai_shapes import ApiError
+
+CACHE_BYTES_MAX = 64 << 20
 
 
 class Prompter:
     """Tokenises for every engine that serves one model; several engines of a process may share it."""
 
-    def __init__(self, tokenizer: Tokenizer, template: jinja2.Template) -> None:
-        self._tokenizer = tokenizer
-        self._template = template
+    def __init__(self, pipeline: PromptPipeline) -> None:
+        self._pipeline = pipeline
 
     @classmethod
     def load(cls, folder: Path) -> Prompter:
-        return cls(
-            Tokenizer.from_file(str(folder / "tokenizer.json")),
-            jinja2.Environment(autoescape=False).from_string((folder / "chat_template.jinja").read_text()),
-        )
+        """Raises `ModelFilesMissing`, `BadModelFiles`."""
+        return cls(PromptPipeline.load(folder, cache_bytes_max=CACHE_BYTES_MAX))
 
     def prompts(self, path: str, body: Mapping[str, Any]) -> list[Sequence[int]]:
         """Token ids of every prompt of the request, in order. Raises `ApiError` for one that has none."""
@@ -38,9 +36,11 @@ class Prompter:
         request = understand(path, body)
         if isinstance(request, Unrenderable):
             raise ApiError(400, f"The prompt cannot be used: {request.reason}.")
-        if isinstance(request, ChatPrompt):
-            text = self._template.render(messages=request.messages, add_generation_prompt=request.add_generation_prompt)
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        if isinstance(request, TextPrompt):
-            return self._tokenizer.encode(request.text).ids
-        return request.token_ids.tolist()
+        try:
+            prompt = self._pipeline.tokenize(request)
+        except PromptError as error:
+            raise ApiError(400, f"The prompt cannot be used: {error}.") from None
+        if not prompt.complete:
+            raise ApiError(400, "This engine understands text only.")
+        token_ids: list[int] = prompt.token_ids.tolist()
+        return token_ids

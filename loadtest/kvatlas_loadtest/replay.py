@@ -13,10 +13,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TypeAlias
 
-from kvatlas_common.blocks.extras import PromptExtras
+from kvatlas_common.blocks.extras import Lora, PromptExtras
 from kvatlas_common.blocks.profile import ExtraKeys, HashProfile
 from kvatlas_common.events.decode import decode_batch
 from kvatlas_common.events.types import BlockRemoved, BlockStored, MalformedBatch
+from kvatlas_common.fleet import Adapter
 from kvatlas_common.words import Medium
 from kvatlas_loadtest.block_pool import PoolVersion
 from kvatlas_loadtest.captures import Capture, CapturedRequest, CaptureError, read_capture
@@ -44,6 +45,7 @@ class ReplayOptions:
     pool: PoolVersion
     resets: Collection[int] = ()
     max_num_batched_tokens: int | None = None
+    adapters: tuple[Adapter, ...] = ()  # a request for one of them names it as its model
 
     @property
     def drives_cache_manager(self) -> bool:
@@ -113,7 +115,7 @@ def simulate(requests: Collection[CapturedRequest], options: ReplayOptions) -> t
     events: list[Compared] = []
     cached: list[int] = []
     for number, captured in enumerate(requests):
-        request = _forced(str(number), captured, profile)
+        request = _forced(str(number), captured, profile, options.adapters)
         core.add(request)
         while step := core.schedule():
             events += map(_compared, core.complete(step).events)
@@ -126,8 +128,9 @@ def simulate(requests: Collection[CapturedRequest], options: ReplayOptions) -> t
     return events, cached
 
 
-def _forced(name: str, captured: CapturedRequest, profile: HashProfile) -> EngineRequest:
-    extras = PromptExtras(cache_salt=captured.cache_salt)
+def _forced(name: str, captured: CapturedRequest, profile: HashProfile, adapters: Collection[Adapter]) -> EngineRequest:
+    lora = next((Lora(a.name, a.number, a.path) for a in adapters if a.name == captured.body.get("model")), None)
+    extras = PromptExtras(lora, captured.cache_salt)
     first_extra_keys, extra_keys = published_extra_keys(extras)
     return EngineRequest(
         id=name,

@@ -2,8 +2,8 @@
 
 One step of continuous batching costs a fixed overhead, a share per prompt token it computes (compute-bound), a share
 per sequence it decodes (memory-bound: the weights are read once, each sequence adds its own work) and a share per
-token of context the decoded sequences attend to. The defaults are about one large GPU serving a 32B model, fitted to the
-published single-engine figures: a 10,000-token prompt takes 4.3 s to its first token, cold.
+token of context the decoded sequences attend to. The defaults are about one large GPU serving a 32B model, fitted to
+the published single-engine figures: a 10,000-token prompt takes 4.3 s to its first token, cold.
 """
 
 from __future__ import annotations

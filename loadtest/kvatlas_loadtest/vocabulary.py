@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -10,15 +9,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from kvatlas_common.prompts.errors import BadModelFiles
+from kvatlas_common.prompts.model_files import ModelFiles
 from kvatlas_loadtest.answers import AnswerWords
 
 IDS_LOOKED_AT = 20_000  # words made by early merges, the low ids, are the common ones
 _FOLLOWING = re.compile(r" [a-z]{3,12}")
 _OPENING = re.compile(r"[A-Z][a-z]{2,11}")
-
-
-class ModelFilesError(ValueError):
-    """A model folder that cannot be used; says which file and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +28,18 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
-        """Reads `tokenizer.json` and `config.json`. Raises `ModelFilesError`."""
+        """Reads `tokenizer.json` and `config.json`. Raises `BadModelFiles`."""
         path = folder / "tokenizer.json"
         try:
             tokenizer: Tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # tokenizers raises plain Exception
-            raise ModelFilesError(f"{path}: {error}") from error
+            raise BadModelFiles(f"{path}: {error}") from error
         following, opening = _words(tokenizer, _FOLLOWING), _words(tokenizer, _OPENING)
         try:
             words = AnswerWords(tuple(opening), tuple(following))
         except ValueError as error:
-            raise ModelFilesError(f"{path}: {error}") from None
-        return cls(words, opening | following, _eos(folder / "config.json"))
+            raise BadModelFiles(f"{path}: {error}") from None
+        return cls(words, opening | following, _eos(ModelFiles(folder)))
 
 
 def _words(tokenizer: Tokenizer, shape: re.Pattern[str]) -> dict[int, str]:
@@ -53,11 +50,8 @@ def _words(tokenizer: Tokenizer, shape: re.Pattern[str]) -> dict[int, str]:
     return {i: text for text, i in whole if tokenizer.encode(text, add_special_tokens=False).ids == [i]}
 
 
-def _eos(path: Path) -> int | None:
-    try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelFilesError(f"{path}: {error}") from None
+def _eos(files: ModelFiles) -> int | None:
+    eos = files.settings("config.json").get("eos_token_id")
     if isinstance(eos, list):
         eos = eos[0] if eos else None
     return eos if isinstance(eos, int) else None

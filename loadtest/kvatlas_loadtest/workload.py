@@ -1,7 +1,7 @@
 """A load whose prompts share long beginnings: customers with contexts of their own, asked about by several users.
 
 The shape of the reference benchmark, at any size: every request carries its customer's whole context and a question
-nobody asked before. Where a request goes decides whether the context is computed again. Everything follows from the seed.
+nobody asked before. Where a request goes decides whether the context is computed again. All follows from the seed.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import aiohttp
 from kvatlas_loadtest.client import Answer, ask
 
 CHAT = "/v1/chat/completions"
-WORDS = (
+_WORDS = (
     "the return for not and file name with that line value from object are get this set type other data can path test "
     "list string option class has call new result module will read key time out method default function add use all "
     "context error used command code number form pass which must"
-).split()
+)
+WORDS = _WORDS.split()
 """Plain words, one token each in common vocabularies: lengths in words are about lengths in tokens."""
 
 
