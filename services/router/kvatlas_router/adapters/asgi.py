@@ -1,0 +1,128 @@
+"""The little of ASGI the proxy needs: a request, its body within limits, and replies in OpenAI's error shape."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+Scope = dict[str, Any]
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class ClientGone(Exception):
+    """The client closed the connection before it had its answer."""
+
+
+@dataclass(slots=True)
+class HttpError(Exception):
+    """An answer of the router's own, in OpenAI's shape (the same as vLLM's ErrorResponse)."""
+
+    status: int
+    kind: str
+    message: str
+    headers: Headers = ()
+
+    def body(self) -> bytes:
+        fields = {"message": self.message, "type": self.kind, "param": None, "code": self.status}
+        return json.dumps({"error": fields}).encode()
+
+
+@dataclass(slots=True)
+class Request:
+    """`headers`: names in lower case. `target`: path and query as they came, percent-encoded."""
+
+    method: str
+    path: str
+    target: str
+    headers: Headers
+    id: str
+    body: bytes = b""
+    header: Mapping[bytes, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scope: Scope, new_id: Callable[[], str]) -> Request:
+        headers: Headers = scope["headers"]
+        by_name = dict(headers)
+        raw_path = scope.get("raw_path") or scope["path"].encode()
+        query = scope.get("query_string", b"")
+        target = (raw_path + b"?" + query if query else raw_path).decode("latin-1")
+        given = by_name.get(b"x-request-id", b"").decode("latin-1")
+        usable = 0 < len(given) <= 256 and given.isascii() and given.isprintable()
+        return cls(scope["method"], scope["path"], target, headers, given if usable else new_id(), b"", by_name)
+
+
+async def read_body(request: Request, receive: Receive, limit: int, timeout_s: float) -> bytes:
+    """The whole body. Raises `HttpError` (413, 408) and `ClientGone`."""
+    declared = request.header.get(b"content-length", b"0")
+    if declared.isdigit() and int(declared) > limit:
+        raise _too_large(limit)
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(timeout_s):
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                chunks.append(message.get("body", b""))
+                size += len(chunks[-1])
+                if size > limit:
+                    raise _too_large(limit)
+                more = message.get("more_body", False)
+    except TimeoutError:
+        why = f"the body did not arrive within {timeout_s:g} s"
+        raise HttpError(408, "request_timeout", why, ((b"connection", b"close"),)) from None
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _too_large(limit: int) -> HttpError:
+    why = f"the body is larger than the router's limit of {limit} bytes (--body-bytes-max)"
+    return HttpError(413, "request_too_large", why, ((b"connection", b"close"),))
+
+
+@asynccontextmanager
+async def while_connected(receive: Receive) -> AsyncIterator[None]:
+    """Cancels the block when the client goes away, and raises `ClientGone` in its place."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+async def reply(send: Send, status: int, body: bytes, headers: Headers = ()) -> None:
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [
+                (b"content-type", b"application/json"),
+                (b"content-length", str(len(body)).encode()),
+                *headers,
+            ],
+        }
+    )
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,103 @@
+"""One request from its arrival to its last byte: what is told of it to the index, the metrics and the log."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
+from kvatlas_router.adapters.asgi import Headers, Request
+from kvatlas_router.adapters.decide import Decision
+from kvatlas_router.adapters.forward import Forwarded
+from kvatlas_router.adapters.metrics import Metrics
+from kvatlas_router.core.choice import Term
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Exchange:
+    """A `Listener` of the forwarder. `log` lines hold sizes and names, never a prompt."""
+
+    request: Request
+    decision: Decision
+    metrics: Metrics
+    observe: Callable[[Observation], None]
+    told: Forwarded = field(default_factory=Forwarded)
+    arrived: float = field(default_factory=time.perf_counter)
+    ttft_s: float | None = None
+
+    def headers(self, term: Term) -> Headers:
+        """What the router adds to an answer; all of it is fixed before the request is sent."""
+        fixed = [
+            (b"x-kvatlas-engine", str(term.engine).encode()),
+            (b"x-kvatlas-reason", _header_safe(str(self.decision.choice.reason))),
+            (b"x-request-id", self.request.id.encode()),
+        ]
+        if term.cached_tokens is not None:
+            fixed.append((b"x-kvatlas-cached-tokens", str(term.cached_tokens).encode()))
+        return fixed
+
+    def sent(self, term: Term) -> None:
+        decision = self.decision
+        if decision.learnt.prompt is not None:
+            tokens, predicted = decision.learnt.prompt.n_tokens, term.cached_tokens or 0
+            keys = {profile: k.tolist() for profile, k in decision.learnt.keys.items()}
+            self.observe(Routed(self.request.id, term.engine, decision.model, tokens, predicted, keys))
+
+    def retried(self, why: str) -> None:
+        self.metrics.retries.labels(why).inc()
+
+    def first_byte(self, term: Term) -> None:
+        self.ttft_s = time.perf_counter() - self.arrived
+        self.metrics.first_byte.observe(self.ttft_s)
+        if self.decision.learnt.prompt is not None:
+            self.observe(FirstToken(self.request.id, term.engine, self.decision.model, self.ttft_s))
+
+    def finished(self) -> None:
+        told, decision, metrics = self.told, self.decision, self.metrics
+        metrics.requests.labels(self.request.path, told.outcome).inc()
+        if told.outcome is Outcome.CUT:
+            metrics.cuts.inc()
+        actual = told.usage.cached_tokens
+        comparable = decision.comparable and told.outcome is Outcome.OK
+        predicted = told.term.cached_tokens if told.term else None
+        if comparable and predicted is not None and actual is not None:
+            metrics.compare(decision.learnt.prompt_tokens or 0, predicted, actual)
+        if told.term is not None and decision.learnt.prompt is not None:
+            completion = told.usage.completion_tokens or 0
+            self.observe(
+                Finished(
+                    self.request.id, told.term.engine, decision.model, actual, completion, comparable, told.outcome
+                )
+            )
+        log.info("request handled", extra=self._line(predicted, actual))
+
+    def _line(self, predicted: int | None, actual: int | None) -> dict[str, object]:
+        told, decision = self.told, self.decision
+        prompt = decision.learnt.prompt
+        return {
+            "request_id": self.request.id,
+            "path": self.request.path,
+            "model": decision.model[:128],
+            "engine": str(told.term.engine) if told.term else None,
+            "reason": str(decision.choice.reason),
+            "status": told.status,
+            "outcome": str(told.outcome),
+            "attempts": told.attempts,
+            "prompt_tokens": decision.learnt.prompt_tokens,
+            "tokenised": str(prompt.where) if prompt else None,
+            "predicted_cached_tokens": predicted,
+            "cached_tokens": actual,
+            "queued_tokens": told.term.queued_tokens if told.term else None,
+            "decision_ms": round(sum(decision.learnt.stages.values()) * 1000, 2),
+            "ttft_ms": round(self.ttft_s * 1000, 2) if self.ttft_s is not None else None,
+            "total_ms": round((time.perf_counter() - self.arrived) * 1000, 2),
+            "error": told.error or None,
+        }
+
+
+def _header_safe(text: str) -> bytes:
+    return "".join(c if c.isascii() and c.isprintable() else "?" for c in text[:256]).encode()

@@ -1,0 +1,282 @@
+"""Sending a request to the engine chosen, and its answer back as it comes.
+
+Until the first byte of the body the client has been sent nothing, so the request can be tried on the next engine of the
+choice: after a refused or broken connection, a reply that is not HTTP, a 502 or 503, or no first byte in time. Any
+other answer passes through as it is. From the first byte on nothing can be taken back: when the engine dies then, an
+event stream ends with an error event, any other body with a broken connection, and the response counts as cut.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
+from types import TracebackType
+from typing import Protocol
+
+import aiohttp
+from pydantic import SecretStr
+from yarl import URL
+
+from kvatlas_common.fleet import EngineView
+from kvatlas_common.observations import Outcome
+from kvatlas_router.adapters.asgi import Headers, HttpError, Request, Send
+from kvatlas_router.core.choice import Choice, Term
+from kvatlas_router.core.ledger import Ledger, Ticket
+from kvatlas_router.core.sse import UsageChunkFilter, cut_event, ended
+from kvatlas_router.core.usage import NO_USAGE, Tail, Usage, read_usage, response_id
+
+log = logging.getLogger(__name__)
+
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer trailers"
+    b" transfer-encoding upgrade".split()
+)
+_NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-request-id"}
+_DYING = frozenset({502, 503})
+_STALE_S = 1.0  # a pooled connection the engine had closed breaks at once
+_POOL_KEEPALIVE_S = 4.0  # vLLM closes idle connections after 5 s (0.32, envs.py: VLLM_HTTP_TIMEOUT_KEEP_ALIVE)
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds to wait for an engine, and how many engines to try."""
+
+    connect_s: float = 2.0
+    first_byte_s: float = 600.0
+    idle_s: float = 300.0
+    total_s: float = 24 * 3600.0
+    attempts: int = 3
+    suspect_s: float = 5.0
+
+
+class Listener(Protocol):
+    """Who is told how a request fares."""
+
+    def sent(self, term: Term) -> None: ...
+    def retried(self, why: str) -> None: ...
+    def first_byte(self, term: Term) -> None: ...
+
+
+@dataclass(slots=True)
+class Forwarded:
+    """What became of a request. `term`: the engine that answered, or was tried last."""
+
+    term: Term | None = None
+    status: int = 0
+    outcome: Outcome = Outcome.ERROR
+    attempts: int = 0
+    bytes_out: int = 0
+    usage: Usage = NO_USAGE
+    response: str | None = None  # id of a stored response
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One request and what forwarding it needs to know. `pinned`: addresses that serve several ranks."""
+
+    request: Request
+    body: bytes
+    choice: Choice
+    response_headers: Callable[[Term], Headers]
+    listener: Listener
+    _: KW_ONLY
+    pinned: frozenset[str] = frozenset()
+    drop_usage_chunk: bool = False
+
+
+class _Failed(Exception):
+    """One engine could not answer; another may."""
+
+    def __init__(self, why: str, text: str) -> None:
+        super().__init__(text)
+        self.why = why
+
+
+class Forwarder:
+    """One connection pool for all engines. Nothing in it touches a body, and it neither follows nor stores anything."""
+
+    def __init__(self, patience: Patience, ledger: Ledger, api_key: Callable[[EngineView], SecretStr | None]) -> None:
+        self._patience = patience
+        self._ledger = ledger
+        self._api_key = api_key
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Forwarder:
+        # No limit here: the number of requests in flight is limited where they come in.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_POOL_KEEPALIVE_S, ttl_dns_cache=10)
+        self._session = aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._patience.connect_s),
+            skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+            max_line_size=65_536,
+            max_field_size=65_536,
+            read_bufsize=262_144,
+        )
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, tb: TracebackType | None) -> None:
+        if self._session is not None:
+            await self._session.close()
+
+    async def forward(self, job: Job, send: Send, told: Forwarded) -> None:
+        """Fills `told` as it goes, so that it holds when cancelled too. Raises `HttpError` when no engine answered."""
+        loop = asyncio.get_running_loop()
+        give_up = loop.time() + self._patience.total_s
+        to_try = deque(job.choice.terms[: self._patience.attempts])
+        tried_twice: Term | None = None
+        while to_try:
+            term = to_try.popleft()
+            told.term = term
+            told.attempts += 1
+            sent_at = time.monotonic()
+            try:
+                with self._ledger.enter(term.engine, term.to_compute, sent_at) as ticket:
+                    await self._attempt(job, term, ticket, send, told=told, give_up=give_up, last=not to_try)
+                return
+            except _Failed as failure:
+                told.error = f"{term.engine}: {failure}"
+                if failure.why == "reset" and tried_twice is not term and time.monotonic() - sent_at < _STALE_S:
+                    tried_twice = term
+                    to_try.appendleft(term)
+                else:
+                    self._ledger.suspect(term.engine, time.monotonic() + self._patience.suspect_s)
+                    log.warning(
+                        "engine failed", extra={"engine": str(term.engine), "why": failure.why, "error": str(failure)}
+                    )
+                if to_try:
+                    job.listener.retried(failure.why)
+                elif failure.why == "first-byte":
+                    raise HttpError(504, "engine_timeout", told.error) from None
+        raise HttpError(502, "engine_unreachable", told.error)
+
+    async def _attempt(
+        self, job: Job, term: Term, ticket: Ticket, send: Send, *, told: Forwarded, give_up: float, last: bool
+    ) -> None:
+        """One engine. Raises `_Failed` only while the client has been sent nothing."""
+        job.listener.sent(term)
+        loop = asyncio.get_running_loop()
+        response: aiohttp.ClientResponse | None = None
+        try:
+            async with asyncio.timeout_at(min(loop.time() + self._patience.first_byte_s, give_up)):
+                response = await self._open(job, term.view)
+                if response.status in _DYING and not last:
+                    raise _Failed("status", f"answered {response.status}")
+                first = await response.content.readany()
+        except TimeoutError as error:
+            if isinstance(error, aiohttp.ServerTimeoutError):
+                raise _Failed("connect", f"no connection within {self._patience.connect_s:g} s") from None
+            raise _Failed("first-byte", f"no first byte within {self._patience.first_byte_s:g} s") from None
+        except aiohttp.ClientConnectorError as error:
+            raise _Failed("connect", str(error)) from None
+        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
+            raise _Failed("reset", f"connection lost before the first byte: {error!r}") from None
+        except aiohttp.ClientError as error:
+            raise _Failed("garbage", f"no HTTP answer: {error!r}"[:200]) from None
+        else:
+            ticket.started()
+            job.listener.first_byte(term)
+            await _PassOn(job, term, response, told, self._patience.idle_s, give_up).run(first, send)
+        finally:
+            if response is not None:
+                response.close()  # does nothing when the response was read to its end
+
+    async def _open(self, job: Job, view: EngineView) -> aiohttp.ClientResponse:
+        assert self._session is not None, "not started"
+        headers = [
+            (k.decode("latin-1"), _text(v)) for k, v in job.request.headers if k not in _unforwarded(job.request)
+        ]
+        headers.append(("x-request-id", job.request.id))
+        if view.id.rank or view.id.address in job.pinned:
+            headers = _replaced(headers, "x-data-parallel-rank", str(view.id.rank))
+        if key := self._api_key(view):
+            headers = _replaced(headers, "authorization", f"Bearer {key.get_secret_value()}")
+        url = URL(view.url + job.request.target, encoded=True)
+        data = job.body if job.request.method != "GET" else None
+        return await self._session.request(job.request.method, url, headers=headers, data=data, allow_redirects=False)
+
+
+@dataclass(slots=True)
+class _PassOn:
+    """An answer on its way to the client, from its first byte on."""
+
+    job: Job
+    term: Term
+    response: aiohttp.ClientResponse
+    told: Forwarded
+    idle_s: float
+    give_up: float
+    tail: Tail = field(default_factory=Tail)
+
+    async def run(self, first: bytes, send: Send) -> None:
+        told, response = self.told, self.response
+        told.status = response.status
+        told.outcome = Outcome.OK if response.status < 400 else Outcome.ERROR
+        told.error = ""
+        encoded = response.headers.get("Content-Encoding", "identity") != "identity"
+        stream = response.content_type == "text/event-stream" and not encoded
+        dropper = UsageChunkFilter() if self.job.drop_usage_chunk and stream else None
+        await send({"type": "http.response.start", "status": response.status, "headers": self._headers()})
+        if self.job.request.path == "/v1/responses" and not encoded:
+            told.response = response_id(first)
+        try:
+            await self._body(first, send, dropper)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if not (stream and ended(self.tail.bytes())):
+                told.outcome = Outcome.CUT
+                told.error = f"{self.term.engine}: lost after {told.bytes_out} bytes: {error!r}"
+            if not stream:
+                return  # an unfinished body: the server breaks the connection
+            if told.outcome is Outcome.CUT:
+                event = cut_event(self.job.request.path, f"engine {self.term.engine} was lost while it answered")
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+        finally:
+            if not encoded:
+                told.usage = read_usage(self.tail.bytes())
+        if dropper is not None:
+            await send({"type": "http.response.body", "body": dropper.rest(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _body(self, first: bytes, send: Send, dropper: UsageChunkFilter | None) -> None:
+        clock = asyncio.get_running_loop().time
+        chunk = first
+        async with asyncio.timeout_at(min(clock() + self.idle_s, self.give_up)) as deadline:
+            while chunk:
+                self.tail.feed(chunk)
+                self.told.bytes_out += len(chunk)
+                passed = chunk if dropper is None else dropper.feed(chunk)
+                if passed:
+                    await send({"type": "http.response.body", "body": passed, "more_body": True})
+                deadline.reschedule(min(clock() + self.idle_s, self.give_up))
+                chunk = await self.response.content.readany()
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        raw = [(name.lower(), value) for name, value in self.response.raw_headers]
+        named = {n.strip().lower() for k, v in raw if k == b"connection" for n in v.split(b",")}
+        kept = [(k, v) for k, v in raw if k not in HOP_BY_HOP and k not in named and k != b"x-request-id"]
+        return [*kept, *self.job.response_headers(self.term)]
+
+
+def _unforwarded(request: Request) -> frozenset[bytes]:
+    connection = request.header.get(b"connection")
+    if not connection:
+        return _NOT_FORWARDED
+    return _NOT_FORWARDED | {n.strip().lower() for n in connection.split(b",")}
+
+
+def _replaced(headers: list[tuple[str, str]], name: str, value: str) -> list[tuple[str, str]]:
+    return [*((k, v) for k, v in headers if k != name), (name, value)]
+
+
+def _text(value: bytes) -> str:
+    """aiohttp writes header values as UTF-8: what is UTF-8 arrives as it was, anything else cannot be kept."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")

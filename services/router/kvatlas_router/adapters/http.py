@@ -1,0 +1,280 @@
+"""The public port: an OpenAI-compatible API over the whole fleet, as a bare ASGI application.
+
+Bare, because a framework around a proxy costs more than the proxy (docs/adr/0002-bare-asgi-proxy.md). A path is served
+only if it is known here: what an engine offers besides (sleep, load an adapter, reset its cache) is not for its users.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from kvatlas_common.fleet import EngineView, Fleet, Health
+from kvatlas_common.observations import Observation, Outcome
+from kvatlas_router.adapters.asgi import (
+    ClientGone,
+    Headers,
+    HttpError,
+    Receive,
+    Request,
+    Scope,
+    Send,
+    read_body,
+    reply,
+    while_connected,
+)
+from kvatlas_router.adapters.decide import Asked, Decider, Decision, Lookup, UnknownModel
+from kvatlas_router.adapters.exchange import Exchange
+from kvatlas_router.adapters.forward import Forwarder, Job
+from kvatlas_router.adapters.metrics import Metrics
+from kvatlas_router.core.body import Body, InvalidBody
+from kvatlas_router.core.choice import NoEngine
+from kvatlas_router.core.homes import ResponseHomes
+
+log = logging.getLogger(__name__)
+
+ROUTES = {
+    "/v1/chat/completions": Lookup.PROMPT,
+    "/v1/completions": Lookup.PROMPT,
+    "/v1/responses": Lookup.PROMPT,
+    "/v1/messages": Lookup.PROMPT,
+    "/v1/messages/count_tokens": Lookup.NONE,
+    "/v1/embeddings": Lookup.NONE,
+    "/v1/score": Lookup.NONE,
+    "/v1/rerank": Lookup.NONE,
+    "/v2/rerank": Lookup.NONE,
+    "/score": Lookup.NONE,
+    "/rerank": Lookup.NONE,
+    "/pooling": Lookup.NONE,
+    "/classify": Lookup.NONE,
+    "/tokenize": Lookup.NONE,
+    "/detokenize": Lookup.NONE,
+}
+STREAMED_USAGE = frozenset({"/v1/chat/completions", "/v1/completions"})
+STORED_RESPONSE = "/v1/responses/"
+OVERLOADED_RETRY_S = 1
+NO_ENGINE_RETRY_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRules:
+    """What the public port takes and refuses. `api_keys`: empty means anybody may ask."""
+
+    body_bytes_max: int = 64 * 1024 * 1024
+    body_timeout_s: float = 60.0
+    in_flight_max: int = 4096
+    api_keys: tuple[str, ...] = ()
+    session_header: str = "x-session-id"
+    request_usage: bool = False
+    allow_reannouncing: bool = False
+
+
+class PublicApi:
+    """The ASGI application. `draining` makes `/readyz` fail while requests are still served."""
+
+    def __init__(
+        self,
+        *,
+        rules: HttpRules,
+        fleet: Callable[[], Fleet],
+        decider: Decider,
+        forwarder: Forwarder,
+        homes: ResponseHomes,
+        metrics: Metrics,
+        observe: Callable[[Observation], None],
+        new_id: Callable[[], str],
+        started_at: float,
+    ) -> None:
+        self._rules = rules
+        self._fleet = fleet
+        self._decider = decider
+        self._forwarder = forwarder
+        self._homes = homes
+        self._metrics = metrics
+        self._observe = observe
+        self._new_id = new_id
+        self._started_at = int(started_at)
+        self._keys = [k.encode() for k in rules.api_keys]
+        self.in_flight = 0
+        self.draining = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise ValueError(f"no {scope['type']} here")
+        request = Request.of(scope, self._new_id)
+        try:
+            await self._serve(request, receive, send)
+        except ClientGone:
+            log.info("client gone before its request was sent", extra={"request_id": request.id, "path": request.path})
+        except HttpError as error:
+            self._metrics.refused.labels(str(error.status)).inc()
+            await self._reply(request, send, error.status, error.body(), error.headers)
+
+    async def _serve(self, request: Request, receive: Receive, send: Send) -> None:
+        path = request.path
+        if path == "/healthz":
+            await self._reply(request, send, 200, b'{"status": "ok"}')
+        elif path == "/readyz":
+            status, why = self._readiness()
+            await self._reply(request, send, status, json.dumps({"status": why}).encode())
+        else:
+            self._authorise(request)
+            if path == "/v1/models":
+                _require(request, "GET")
+                await self._reply(request, send, 200, models_page(self._fleet(), self._started_at))
+            elif lookup := self._route(request):
+                await self._counted(request, lookup, receive, send)
+            else:
+                raise HttpError(404, "not_found", f"this router serves no {request.method} {path[:200]}")
+
+    def _route(self, request: Request) -> Lookup | None:
+        lookup = ROUTES.get(request.path)
+        if lookup is not None:
+            _require(request, "POST")
+            return lookup
+        if request.path.startswith(STORED_RESPONSE):
+            _require(request, "POST" if request.path.endswith("/cancel") else "GET")
+            return Lookup.SESSION
+        return None
+
+    async def _counted(self, request: Request, lookup: Lookup, receive: Receive, send: Send) -> None:
+        if self.in_flight >= self._rules.in_flight_max:
+            why = f"{self.in_flight} requests are in flight, the most this router takes (--in-flight-max)"
+            raise HttpError(503, "overloaded", why, _retry_after(OVERLOADED_RETRY_S))
+        self.in_flight += 1
+        self._metrics.in_flight.set(self.in_flight)
+        try:
+            await self._forward(request, lookup, receive, send)
+        finally:
+            self.in_flight -= 1
+            self._metrics.in_flight.set(self.in_flight)
+
+    async def _forward(self, request: Request, lookup: Lookup, receive: Receive, send: Send) -> None:
+        request.body = await read_body(request, receive, self._rules.body_bytes_max, self._rules.body_timeout_s)
+        body = self._body(request, lookup)
+        decision = await self._decide(request, lookup, body)
+        exchange = Exchange(request, decision, self._metrics, self._observe)
+        job = self._job(request, body, exchange)
+        told = exchange.told
+        try:
+            async with while_connected(receive):
+                await self._forwarder.forward(job, send, told)
+        except ClientGone:
+            told.outcome = Outcome.CANCELLED
+        except HttpError as error:
+            told.status = error.status
+            raise
+        except BaseException:
+            told.outcome = Outcome.CUT if told.bytes_out else Outcome.ERROR
+            raise
+        finally:
+            if told.response is not None and told.term is not None:
+                self._homes.remember(told.response, told.term.engine)
+            exchange.finished()
+
+    def _body(self, request: Request, lookup: Lookup) -> Body:
+        """What the body says. Raises `HttpError` for what the router must refuse."""
+        if lookup is Lookup.SESSION:
+            stored = request.path.removeprefix(STORED_RESPONSE).partition("/")[0]
+            return Body(b"", {"previous_response_id": stored})
+        try:
+            body = Body.parse(request.body)
+        except InvalidBody as error:
+            raise HttpError(400, "invalid_request_error", str(error)) from None
+        if body.asks_reannouncing and not self._rules.allow_reannouncing:
+            why = "vllm_xargs.kv_cache_report_mode is refused here: it makes engines announce blocks they do not store"
+            raise HttpError(400, "invalid_request_error", why)
+        return body
+
+    async def _decide(self, request: Request, lookup: Lookup, body: Body) -> Decision:
+        session = request.header.get(self._rules.session_header.encode())
+        try:
+            decision = await self._decider.decide(
+                Asked(request.path, lookup, body, session.decode("latin-1") if session else None)
+            )
+        except UnknownModel as error:
+            served = ", ".join(error.served[:20])
+            why = f"The model `{error.model[:128]}` does not exist. Served here: {served}"
+            raise HttpError(404, "not_found_error", why) from None
+        except NoEngine as error:
+            raise HttpError(503, "no_engine", str(error)[:300], _retry_after(NO_ENGINE_RETRY_S)) from None
+        reason = decision.choice.reason
+        self._metrics.chosen(reason.strategy, reason.cause)
+        for stage, seconds in decision.learnt.stages.items():
+            self._metrics.stages.labels(stage).observe(seconds)
+        return decision
+
+    def _job(self, request: Request, body: Body, exchange: Exchange) -> Job:
+        decision = exchange.decision
+        job = Job(request, request.body, decision.choice, exchange.headers, exchange, pinned=decision.pinned)
+        wanted = self._rules.request_usage and request.path in STREAMED_USAGE
+        if wanted and body.streams and not body.asks_usage:
+            return _asking_usage(job, body)
+        return job
+
+    def _authorise(self, request: Request) -> None:
+        if not self._keys:
+            return
+        given = request.header.get(b"authorization", b"")
+        token = given[7:] if given[:7].lower() == b"bearer " else request.header.get(b"x-api-key", b"")
+        if not any(hmac.compare_digest(token, key) for key in self._keys):
+            raise HttpError(401, "authentication_error", "no valid API key", ((b"www-authenticate", b"Bearer"),))
+
+    def _readiness(self) -> tuple[int, str]:
+        if self.draining:
+            return 503, "draining"
+        if not any(v.health is not Health.DOWN for v in self._fleet().engines.values()):
+            return 503, "no engine is up"
+        return 200, "ok"
+
+    async def _reply(self, request: Request, send: Send, status: int, body: bytes, headers: Headers = ()) -> None:
+        await reply(send, status, body, (*headers, (b"x-request-id", request.id.encode())))
+
+
+def models_page(fleet: Fleet, created: int) -> bytes:
+    """`/v1/models` of the whole fleet, in the shape of vLLM's (0.32, models/protocol.py, ModelCard)."""
+    by_name: dict[str, EngineView] = {}
+    for view in fleet.engines.values():
+        for name in view.models:
+            by_name.setdefault(name, view)
+    cards = [_card(name, view, created) for name, view in sorted(by_name.items())]
+    return json.dumps({"object": "list", "data": cards}).encode()
+
+
+def _card(name: str, view: EngineView, created: int) -> dict[str, object]:
+    adapter = view.adapter(name)
+    base = min(view.models - {a.name for a in view.adapters}, default=None)
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "vllm",
+        "root": adapter.path if adapter else view.root,
+        "parent": base if adapter else None,
+        "max_model_len": None if adapter else view.max_model_len,
+    }
+
+
+def _asking_usage(job: Job, body: Body) -> Job:
+    """The one exception to passing bodies on unchanged; a compressed stream could not be filtered."""
+    try:
+        asking = body.asking_usage()
+    except InvalidBody:
+        return job
+    headers = tuple((k, v) for k, v in job.request.headers if k != b"accept-encoding")
+    request = replace(job.request, headers=headers)
+    return replace(job, body=asking, request=request, drop_usage_chunk=True)
+
+
+def _require(request: Request, *methods: str) -> None:
+    if request.method not in methods:
+        allow = ", ".join(methods)
+        why = f"{request.path[:200]} takes {allow}, not {request.method[:32]}"
+        raise HttpError(405, "method_not_allowed", why, ((b"allow", allow.encode()),))
+
+
+def _retry_after(seconds: int) -> Headers:
+    return ((b"retry-after", str(seconds).encode()),)

@@ -1,0 +1,158 @@
+"""Checks the tokens made here against every engine's own, and remembers who disagrees.
+
+An engine is checked when it is met, again every `recheck_s`, and when it comes back after it was down. What cannot be
+checked (no answer, no `/tokenize`) is not a disagreement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+import aiohttp
+from pydantic import SecretStr
+
+from kvatlas_common.engines.asking import AskFailed, tokenize
+from kvatlas_common.fleet import EngineView, Fleet, Health
+from kvatlas_common.prompts import PromptError, PromptPipeline, Unrenderable, understand
+from kvatlas_router.adapters.metrics import Metrics
+from kvatlas_router.core.parity import SAMPLES, difference
+
+log = logging.getLogger(__name__)
+
+CHECKS_AT_ONCE = 4
+RETRY_S = 5.0
+_REFUSALS = frozenset({400, 422})
+
+
+class Local(Protocol):
+    pipeline: PromptPipeline | None
+
+    async def loaded(self) -> PromptPipeline | None: ...
+    async def run(self, job: Callable[[], Any], size: int) -> Any: ...
+
+
+class Models(Protocol):
+    def local(self, view: EngineView, model: str) -> Local: ...
+
+
+class _Unchecked(Exception):
+    """The engine could not be asked; the message says why."""
+
+
+class Parity:
+    """An async context. One entry per HTTP address of the fleet."""
+
+    def __init__(
+        self,
+        models: Models,
+        session: aiohttp.ClientSession,
+        api_key: Callable[[EngineView], SecretStr | None],
+        recheck_s: float,
+        metrics: Metrics,
+    ) -> None:
+        self._models = models
+        self._session = session
+        self._api_key = api_key
+        self._recheck_s = recheck_s
+        self._metrics = metrics
+        self._ready: dict[str, EngineView] = {}
+        self._due: dict[str, float] = {}
+        self._disagreements: dict[str, str] = {}
+        self._news = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._keep_checking())
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: object, tb: TracebackType | None) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def disagrees(self, view: EngineView) -> str | None:
+        """What differs between its tokens and ours, as last seen."""
+        return self._disagreements.get(view.id.address)
+
+    def meet(self, fleet: Fleet) -> None:
+        ready = {v.id.address: v for v in fleet.engines.values() if v.health is Health.READY and v.models}
+        if ready.keys() - self._ready.keys():
+            self._news.set()
+        self._ready = ready
+        self._due = {a: due for a, due in self._due.items() if a in ready}
+        known = {e.address for e in fleet.engines}
+        self._disagreements = {a: why for a, why in self._disagreements.items() if a in known}
+
+    async def _keep_checking(self) -> None:
+        while True:
+            now = time.monotonic()
+            due = [v for a, v in self._ready.items() if self._due.get(a, now) <= now][:CHECKS_AT_ONCE]
+            if due:
+                await asyncio.gather(*map(self._check, due))
+                continue
+            self._news.clear()
+            pause = min((at - now for at in self._due.values()), default=self._recheck_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), pause)
+
+    async def _check(self, view: EngineView) -> None:
+        address = view.id.address
+        model = min(view.models - {a.name for a in view.adapters}, default=min(view.models))
+        local = self._models.local(view, model)
+        pause = RETRY_S
+        try:
+            if await local.loaded() is not None:
+                self._learn(view, model, await self._compare(local, view, model))
+                pause = self._recheck_s
+        except _Unchecked as error:
+            log.info("engine's tokens not checked", extra={"engine": address, "why": str(error)})
+        self._due[address] = time.monotonic() + pause
+
+    def _learn(self, view: EngineView, model: str, differs: str | None) -> None:
+        address = view.id.address
+        before = self._disagreements.pop(address, None)
+        if differs is None:
+            if before is not None:
+                log.info("engine's tokens agree again", extra={"engine": address, "model": model})
+            return
+        self._disagreements[address] = differs
+        self._metrics.parity.labels(model).inc()
+        if differs != before:
+            cure = "--model-files must name the files the engine serves, with the chat template it was started with"
+            fields = {"engine": address, "model": model, "root": view.root, "differs": differs, "cure": cure}
+            log.warning("local tokens differ from the engine's, it tokenises from now on", extra=fields)
+
+    async def _compare(self, local: Local, view: EngineView, model: str) -> str | None:
+        for number, sample in enumerate(SAMPLES, 1):
+            body = {"model": model, **sample}
+            ours = await local.run(lambda body=body: _ours(local, body), 0)  # type: ignore[misc]
+            if differs := difference(number, ours, await self._theirs(view, body)):
+                return differs
+        return None
+
+    async def _theirs(self, view: EngineView, body: Mapping[str, Any]) -> list[int] | None:
+        try:
+            return list(await tokenize(self._session, view.url, body, api_key=self._api_key(view)))
+        except AskFailed as error:
+            if error.status in _REFUSALS:
+                return None
+            raise _Unchecked(str(error)) from None
+
+
+def _ours(local: Local, body: Mapping[str, Any]) -> list[int] | None:
+    """None where the template refuses, as the engine should then too."""
+    request = understand("/tokenize", body)
+    if isinstance(request, Unrenderable) or local.pipeline is None:
+        raise _Unchecked("a sample is not understood here")
+    try:
+        found: list[int] = local.pipeline.tokenize(request).token_ids.tolist()
+    except PromptError:
+        return None
+    return found

@@ -1,0 +1,175 @@
+"""Builds the router from its settings, starts it, and stops it without dropping requests.
+
+Nothing here decides anything: objects are made once, in order, and handed to each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import random
+import signal
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import AsyncExitStack
+
+from kvatlas_router.adapters.admin import build_admin
+from kvatlas_router.adapters.decide import Decider
+from kvatlas_router.adapters.fleet import FleetKeeper
+from kvatlas_router.adapters.forward import Forwarder, Patience
+from kvatlas_router.adapters.http import HttpRules, PublicApi
+from kvatlas_router.adapters.index_client import IndexClient
+from kvatlas_router.adapters.metrics import Metrics
+from kvatlas_router.adapters.models import Tokenizers
+from kvatlas_router.adapters.server import HttpServer
+from kvatlas_router.core.choice import Policy
+from kvatlas_router.core.homes import ResponseHomes
+from kvatlas_router.core.ledger import Ledger
+from kvatlas_router.settings import RouterSettings
+
+log = logging.getLogger(__name__)
+
+
+class Router:
+    """One router. `start` returns when it listens; `public_port` and `admin_port` are then the bound ones."""
+
+    def __init__(self, settings: RouterSettings, environ: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._stack = AsyncExitStack()
+        name = f"{socket.gethostname()}:{os.getpid()}"
+        rng = random.Random(settings.seed)
+        metrics = self.metrics = Metrics()
+        ledger = self._ledger = Ledger()
+        homes = ResponseHomes()
+        self.index = IndexClient(settings.indexers, name, settings.lookup_deadline_ms / 1000, metrics)
+        self.fleet = FleetKeeper(
+            self.index,
+            settings.engines,
+            defaults=settings.engine_defaults(),
+            environ=environ,
+            refresh_s=settings.engine_refresh_s,
+            state_dir=settings.state_dir,
+            rng=rng,
+        )
+        self.tokenizers = Tokenizers(
+            files=dict(text.split("=", 1) for text in settings.model_files),
+            default_files=settings.model,
+            environ=environ,
+            api_key=self.fleet.api_key,
+            recheck_s=settings.parity_interval_s,
+            remote_timeout_s=settings.remote_tokenize_timeout_s,
+            metrics=metrics,
+        )
+        decider = Decider(
+            fleet=lambda: self.fleet.fleet,
+            tokens=self.tokenizers,
+            index=self.index,
+            ledger=ledger,
+            homes=homes,
+            policy=Policy(settings.policy),
+            chance=rng.random,
+            clock=time.monotonic,
+            turns=itertools.count(),
+        )
+        self._forwarder = Forwarder(_patience(settings), ledger, self.fleet.api_key)
+        self._api = PublicApi(
+            rules=_rules(settings),
+            fleet=lambda: self.fleet.fleet,
+            decider=decider,
+            forwarder=self._forwarder,
+            homes=homes,
+            metrics=metrics,
+            observe=self.index.observe,
+            new_id=lambda: uuid.uuid4().hex,
+            started_at=time.time(),
+        )
+        admin = build_admin(decider, metrics, settings.session_header, settings.body_bytes_max)
+        self._public = HttpServer(self._api, settings.host, settings.port, settings.drain_s)
+        self._admin = HttpServer(admin, settings.admin_host, settings.admin_port, drain_s=1)
+        self.fleet.on_change += [
+            lambda fleet: ledger.keep_only(fleet.engines.keys()),
+            metrics.count_engines,
+        ]
+        if settings.policy == "precise":
+            self.fleet.on_change.append(self.tokenizers.meet)
+
+    @property
+    def public_port(self) -> int:
+        return self._public.port
+
+    @property
+    def admin_port(self) -> int:
+        return self._admin.port
+
+    async def start(self) -> None:
+        """Raises `OSError` when a port is taken; nothing is left running then."""
+        try:
+            for part in (self._forwarder, self.index, self.tokenizers, self.fleet):
+                await self._stack.enter_async_context(part)
+            for server in (self._admin, self._public):
+                await server.start()
+                self._stack.push_async_callback(server.stop)
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        log.info("router listens", extra={"port": self.public_port, "admin_port": self.admin_port})
+
+    async def stop(self, drain_delay_s: float = 0.0) -> None:
+        """Not ready at once, closed to new requests after `drain_delay_s`, gone when those in flight are answered."""
+        self._api.draining = True
+        if drain_delay_s:
+            log.info("draining", extra={"in_flight": self._api.in_flight})
+            await asyncio.sleep(drain_delay_s)  # for load balancers to notice; there is nothing to wait for
+        await self._stack.aclose()
+        log.info("router stopped")
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT; a second one waits for nobody."""
+        loop = asyncio.get_running_loop()
+        asked = asyncio.Event()
+
+        def stop() -> None:
+            if asked.is_set():
+                self._public.hurry()
+            asked.set()
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop)
+        try:
+            await self.start()
+            await asked.wait()
+            await self.stop(self._settings.drain_delay_s)
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+
+def build(settings: RouterSettings, environ: Mapping[str, str] | None = None) -> Router:
+    """`environ` is where engine lists that are read later find the API keys they name."""
+    return Router(settings, os.environ if environ is None else environ)
+
+
+def _patience(settings: RouterSettings) -> Patience:
+    return Patience(
+        connect_s=settings.connect_timeout_s,
+        first_byte_s=settings.first_byte_timeout_s,
+        idle_s=settings.idle_timeout_s,
+        total_s=settings.request_timeout_s,
+        attempts=settings.attempts,
+    )
+
+
+def _rules(settings: RouterSettings) -> HttpRules:
+    return HttpRules(
+        body_bytes_max=settings.body_bytes_max,
+        body_timeout_s=settings.body_timeout_s,
+        in_flight_max=settings.in_flight_max,
+        api_keys=tuple(k.get_secret_value() for k in settings.api_keys),
+        session_header=settings.session_header.lower(),
+        request_usage=settings.request_usage,
+        allow_reannouncing=settings.allow_kv_cache_report_mode,
+    )

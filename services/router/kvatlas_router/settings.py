@@ -1,0 +1,77 @@
+"""The router's settings.
+
+Hash settings are accepted so that one file can serve both services; which profiles engines have, the indexer tells.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, SecretStr, model_validator
+
+from kvatlas_common.settings import EngineSettings, HashSettings, LogSettings
+from kvatlas_common.settings_flags import Spelled
+
+Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+
+
+def _host_port(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(f"{text!r} is not <host:port>")
+    return text
+
+
+def _name_path(text: str) -> str:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise ValueError(f"{text!r} is not <model name>=<path or hub name>")
+    return text
+
+
+class RouterSettings(HashSettings, EngineSettings, LogSettings):
+    """Everything `kvatlas router` can be told."""
+
+    host: str = Field("0.0.0.0", description="address of the public port")
+    port: int = Field(8080, ge=0, le=65535, description="public port, OpenAI-compatible; 0 takes any")
+    admin_host: str = Field("127.0.0.1", description="address of the admin port")
+    admin_port: int = Field(8082, ge=0, le=65535, description="admin port: /debug/route, /metrics; 0 takes any")
+    indexers: Annotated[tuple[Annotated[str, AfterValidator(_host_port)], ...], Spelled(flag="--indexer")] = Field(
+        ("127.0.0.1:50051",),
+        max_length=64,
+        description="<host:port>; a name stands for all its addresses",
+    )
+    lookup_deadline_ms: float = Field(20.0, gt=0, le=10_000, description="how long an index lookup may take")
+    policy: Literal["precise", "random", "round-robin", "least-load"] = Field(
+        "precise", description="how engines are chosen"
+    )
+    seed: int | None = Field(None, description="makes the random policy repeatable")
+    state_dir: Path | None = Field(None, description="where the last known fleet is kept")
+    model_files: Annotated[tuple[Annotated[str, AfterValidator(_name_path)], ...], Spelled(flag="--model-files")] = (
+        Field((), max_length=1000, description="<model name>=<path or hub name> of tokenizer files")
+    )
+    connect_timeout_s: Seconds = Field(2.0, description="to connect to an engine")
+    first_byte_timeout_s: Seconds = Field(600.0, description="from sending a request to the first byte of its answer")
+    idle_timeout_s: Seconds = Field(300.0, description="between two pieces of an answer")
+    request_timeout_s: Seconds = Field(24 * 3600.0, description="a whole request, from its arrival to its last byte")
+    attempts: int = Field(3, ge=1, le=16, description="engines tried for one request")
+    body_bytes_max: int = Field(64 * 1024 * 1024, ge=1024, description="largest request body")
+    body_timeout_s: Seconds = Field(60.0, description="for a request's body to arrive")
+    in_flight_max: int = Field(4096, ge=1, description="requests at a time; more are answered 503")
+    drain_delay_s: float = Field(1.0, ge=0, le=3600, description="after SIGTERM: /readyz fails, requests are taken")
+    drain_s: Seconds = Field(300.0, description="after that: how long requests in flight may take to finish")
+    api_keys: Annotated[tuple[SecretStr, ...], Spelled(flag="--api-key")] = Field(
+        (), max_length=1000, description="keys this router asks of its clients; none: anybody may ask"
+    )
+    session_header: str = Field("x-session-id", pattern=r"^[A-Za-z0-9-]+$", description="names a request's session")
+    request_usage: bool = Field(False, description="ask engines for a usage chunk at the end of streams, and drop it")
+    allow_kv_cache_report_mode: bool = Field(False, description="let clients make engines re-announce hits")
+    parity_interval_s: Seconds = Field(300.0, description="how often local tokens are checked against engines")
+    remote_tokenize_timeout_s: Seconds = Field(2.0, description="for an engine to tokenise a prompt")
+
+    @model_validator(mode="after")
+    def _someone_knows_engines(self) -> Self:
+        if not (self.engines or self.indexers or self.state_dir):
+            raise ValueError("neither indexers nor engines are given: the router would know no engine")
+        return self
