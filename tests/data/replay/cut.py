@@ -1,7 +1,6 @@
-"""Cuts a capture to what `kvatlas_loadtest replay` compares: `python cut.py FROM TO [REQUESTS]`.
+"""Cuts a capture to what `kvatlas_loadtest replay` compares: `python cut.py FROM TO`.
 
-Requests keep their token ids, cached tokens and salt; events lose their token ids. With REQUESTS, only the first so many
-of them are kept and the events that came before the next.
+Requests keep their token ids, cached tokens and salt; events lose their token ids.
 """
 
 from __future__ import annotations
@@ -10,39 +9,39 @@ import base64
 import gzip
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 
-def without_tokens(payload: bytes) -> bytes:
-    batch = msgspec.msgpack.decode(payload)
-    for event in batch[1]:
-        if isinstance(event, dict):
-            event.update({"token_ids": []} if "token_ids" in event else {})
-        elif event[0] == "BlockStored":
-            event[3] = []
-    return msgspec.msgpack.encode(batch)
-
-
-def main(source: Path, target: Path, count: int | None) -> None:
-    requests = [json.loads(line) for line in gzip.open(source / "requests.jsonl.gz")]
-    messages = [json.loads(line) for line in gzip.open(source / "events.jsonl.gz")]
-    if count is not None and count < len(requests):
-        messages = messages[: requests[count]["events_before"]]
-        requests = requests[:count]
+def main(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
-    with gzip.GzipFile(target / "requests.jsonl.gz", "wb", 9, mtime=0) as file:
-        for request in requests:
-            kept = {name: request[name] for name in ("prompt_token_ids", "output_token_ids", "cached_tokens")}
-            kept["body"] = {"cache_salt": request["body"].get("cache_salt")}
-            file.write(json.dumps(kept, separators=(",", ":")).encode() + b"\n")
-    with gzip.GzipFile(target / "events.jsonl.gz", "wb", 9, mtime=0) as file:
-        for message in messages:
-            *names, payload = (base64.b64decode(frame) for frame in message["frames"])
-            frames = [base64.b64encode(frame).decode() for frame in (*names, without_tokens(payload))]
-            file.write(json.dumps({"frames": frames}).encode() + b"\n")
+    for name, cut in (("requests.jsonl.gz", request), ("events.jsonl.gz", message)):
+        write(target / name, map(cut, map(json.loads, gzip.decompress((source / name).read_bytes()).splitlines())))
+
+
+def request(line: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: line[name] for name in ("prompt_token_ids", "output_token_ids", "cached_tokens")}
+    return kept | {"body": {"cache_salt": line["body"].get("cache_salt")}}
+
+
+def message(line: dict[str, Any]) -> dict[str, Any]:
+    topic, seq, payload = line["frames"]
+    batch = msgspec.msgpack.decode(base64.b64decode(payload))
+    for event in batch[1]:
+        if isinstance(event, dict) and "token_ids" in event:
+            event["token_ids"] = []
+        elif isinstance(event, list) and event[0] == "BlockStored":
+            event[3] = []
+    return {"frames": [topic, seq, base64.b64encode(msgspec.msgpack.encode(batch)).decode()]}
+
+
+def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    with gzip.GzipFile(path, "wb", 9, mtime=0) as file:
+        file.writelines(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
