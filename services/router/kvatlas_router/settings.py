@@ -61,7 +61,7 @@ class RouterSettings(HashSettings, EngineSettings, LogSettings):
     in_flight_max: int = Field(4096, ge=1, description="requests at a time; more are answered 503")
     drain_delay_s: float = Field(1.0, ge=0, le=3600, description="after SIGTERM: /readyz fails, requests are taken")
     drain_s: Seconds = Field(300.0, description="after that: how long requests in flight may take to finish")
-    api_keys: Annotated[tuple[SecretStr, ...], Spelled(flag="--api-key")] = Field(
+    api_keys: tuple[SecretStr, ...] = Field(
         (), max_length=1000, description="keys this router asks of its clients; none: anybody may ask"
     )
     session_header: str = Field("x-session-id", pattern=r"^[A-Za-z0-9-]+$", description="names a request's session")

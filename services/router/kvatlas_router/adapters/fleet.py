@@ -13,11 +13,11 @@ import logging
 import os
 import random
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self, cast
+from typing import Protocol, Self
 
 import msgspec
 from pydantic import SecretStr
@@ -107,7 +107,7 @@ class FleetKeeper:
 
     async def _follow_list(self) -> None:
         watching = watch(self._sources, defaults=self._defaults, environ=self._environ, refresh_s=self._refresh_s)
-        async with aclosing(cast(AsyncGenerator[frozenset[EngineSpec], None], watching)) as wanted:
+        async with aclosing(watching) as wanted:
             async for specs in wanted:
                 self._specs = {i: s for s in specs for i in s.ids}
                 self._news.set()

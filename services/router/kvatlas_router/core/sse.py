@@ -6,6 +6,7 @@ Only `--request-usage` ever parses a stream, and then it holds back no more than
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import msgspec
 
@@ -13,8 +14,8 @@ HELD_BACK_BYTES_MAX = 1024 * 1024
 
 
 class _Chunk(msgspec.Struct):
-    choices: list[msgspec.Raw] | None = None
-    usage: msgspec.Raw | None = None
+    choices: Any = None
+    usage: Any = None
 
 
 class UsageChunkFilter:
@@ -49,7 +50,7 @@ class UsageChunkFilter:
             chunk = msgspec.json.decode(event[5:].strip(), type=_Chunk)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return False
-        ours = chunk.choices == [] and chunk.usage is not None and bytes(chunk.usage) != b"null"
+        ours = chunk.choices == [] and chunk.usage is not None
         if ours:
             self.dropped = event
         return ours
