@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -21,10 +22,8 @@ json_values = st.recursive(
 
 @given(st.binary(max_size=200))
 def test_any_bytes_parse_or_are_refused(raw: bytes) -> None:
-    try:
-        Body.parse(raw)
-    except InvalidBody as error:
-        assert "body" in str(error)
+    with contextlib.suppress(InvalidBody):
+        assert isinstance(Body.parse(raw).fields, dict)
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b'"x"', b"{", b"{]}", b"\xff{}", b"[" * 100_000])

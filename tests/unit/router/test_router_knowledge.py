@@ -42,7 +42,7 @@ def test_memory_is_not_believed_about_health_or_load() -> None:
     )
     found = merged(NOBODY, {}, {}, remembered).engines[A]
     assert (found.health, found.sync, found.load) == (Health.UNKNOWN, Sync.UNKNOWN, Load())
-    assert (found.profile, found.models) == ("p", {"m"})
+    assert (found.profile, found.models) == ("p", frozenset({"m"}))
 
 
 def test_own_probes_fill_in_what_nobody_told() -> None:

@@ -33,9 +33,14 @@ def test_the_books_balance(steps: list[tuple[EngineId, int, str]]) -> None:
 
 def test_an_error_takes_the_request_off_the_books() -> None:
     ledger = Ledger()
-    with pytest.raises(RuntimeError), ledger.enter(A, 100, 1.0):
-        assert ledger.queued_tokens(A) == 100
-        raise RuntimeError
+
+    def fail() -> None:
+        with ledger.enter(A, 100, 1.0):
+            assert ledger.queued_tokens(A) == 100
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert (ledger.queued_tokens(A), ledger.in_flight(A), ledger.last_used(A)) == (0, 0, 1.0)
 
 

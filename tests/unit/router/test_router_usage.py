@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 from hypothesis import given
@@ -19,7 +20,7 @@ CHAT = {
 
 def chunked(data: bytes, cuts: list[int]) -> list[bytes]:
     places = sorted({c % (len(data) + 1) for c in cuts} | {0, len(data)})
-    return [data[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 10**6), max_size=20), st.integers(1, 100))
