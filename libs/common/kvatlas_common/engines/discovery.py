@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +81,7 @@ async def watch(
     environ: Mapping[str, str] | None = None,
     refresh_s: float = 5.0,
     resolve: Resolve = resolve_addresses,
-) -> AsyncIterator[Engines]:
+) -> AsyncGenerator[Engines, None]:
     """The wanted engines: as soon as any source is known, then on every change, until the iterator is closed.
 
     Close it (`contextlib.aclosing`): its followers run until then. `defaults` and `environ` serve what files list.

@@ -1,0 +1,219 @@
+"""The indexer, composed: sources feed the core, the core's commands are performed, routers and people ask it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import signal
+import time
+from collections.abc import Coroutine, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry
+
+from kvatlas_common.engines.asking import open_session
+from kvatlas_common.engines.discovery import watch
+from kvatlas_common.engines.probe import EngineFacts, Prober
+from kvatlas_common.engines.specs import EngineSpec
+from kvatlas_common.logs import LimitedLog
+from kvatlas_common.words import EngineId, Medium
+from kvatlas_indexer.adapters.grpc_server import GrpcServer
+from kvatlas_indexer.adapters.http_server import serve
+from kvatlas_indexer.adapters.local_index import LocalIndex
+from kvatlas_indexer.adapters.metrics import IndexMetrics
+from kvatlas_indexer.adapters.replay_client import ReplayClient
+from kvatlas_indexer.adapters.replays import Replays
+from kvatlas_indexer.adapters.rest import build_app
+from kvatlas_indexer.adapters.zmq_sockets import new_context
+from kvatlas_indexer.adapters.zmq_source import Origin, ZmqSource, ZmqSourceOptions
+from kvatlas_indexer.core.accuracy import Accuracy
+from kvatlas_indexer.core.index import Command, KvIndex
+from kvatlas_indexer.core.naming import Finding
+from kvatlas_indexer.core.stream import ReplayEnd
+from kvatlas_indexer.settings import IndexerSettings
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.25
+FLEET_DELAY_S = 0.02  # changes of the fleet are told together
+SWEEP_PARTS = 8  # parts of the key space swept between two turns of the loop
+FINDINGS_LOG_INTERVAL_S = 30.0
+
+
+class Indexer:
+    """One shard. `start` binds everything or raises `AddressUnavailable`; `stop` drains and closes."""
+
+    def __init__(self, settings: IndexerSettings, *, environ: Mapping[str, str]) -> None:
+        self.settings = settings
+        self.index = KvIndex(settings.rules(), on_finding=self._find)
+        self.accuracy = Accuracy()
+        self.ready = False
+        self.zmq_endpoints: tuple[str, ...] = ()
+        self.grpc_address = ""
+        self.rest_address = ""
+        self._environ = environ
+        self._local = LocalIndex(self.index)
+        self._findings = LimitedLog(log, FINDINGS_LOG_INTERVAL_S, time.monotonic)
+        self._stack = contextlib.AsyncExitStack()
+        self._telling: asyncio.TimerHandle | None = None
+        self._background: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        self.ready = True
+        log.info(
+            "indexer ready",
+            extra={"zmq": list(self.zmq_endpoints), "grpc": self.grpc_address, "rest": self.rest_address},
+        )
+
+    async def _start(self) -> None:
+        settings, context = self.settings, new_context()
+        self._stack.callback(context.term)
+        options = ZmqSourceOptions(settings.topic_prefix, message_bytes_max=settings.message_bytes_max)
+        self._source = ZmqSource(context, self._on_message, options)
+        self._stack.callback(self._source.close)
+        self._replays = Replays(ReplayClient(context), self._on_replayed, self._on_replay_end)
+        self._stack.push_async_callback(self._replays.close)
+        self.zmq_endpoints = self._source.listen(settings.zmq_listen, settings.listen_ranks)
+        session = await self._stack.enter_async_context(open_session())
+        self._prober = await self._stack.enter_async_context(
+            Prober(session, self._on_facts, clock=time.monotonic, wall=time.time, rng=random.Random())
+        )
+        self._run_in_background(self._discover(), self._tick(), self._sweep())
+        await self._serve()
+
+    async def _serve(self) -> None:
+        settings = self.settings
+        grpc = GrpcServer(self._local, self.accuracy.observe)
+        host, port = _split(settings.grpc_listen)
+        self.grpc_address = f"{host}:{await grpc.start(host, port)}"
+        self._stack.push_async_callback(grpc.stop, settings.drain_s)
+        registry = CollectorRegistry()
+        registry.register(IndexMetrics(self.index, self.accuracy, self._source.received))
+        host, port = _split(settings.rest_listen)
+        app = build_app(self._local, ready=lambda: self.ready, registry=registry, blocks=self._blocks)
+        rest = await serve(app, host, port)
+        self.rest_address = f"{host}:{rest.port}"
+        self._stack.push_async_callback(rest.stop)
+
+    async def stop(self) -> None:
+        """Lookups under way are answered first, for at most `drain_s`."""
+        self.ready = False
+        if self._telling is not None:
+            self._telling.cancel()
+        await self._stack.aclose()
+        log.info("indexer stopped")
+
+    async def run(self) -> None:
+        """Until SIGTERM or SIGINT, or a task of its own fails: that is raised."""
+        loop, asked = asyncio.get_running_loop(), asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked.set)
+        await self.start()
+        waiting = [asyncio.create_task(asked.wait()), asyncio.create_task(self.until_failed())]
+        try:
+            ended, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in waiting:
+                task.cancel()
+            await self.stop()
+        for task in ended:
+            task.result()
+
+    async def until_failed(self) -> None:
+        """None of the background tasks ends by itself: what ended one is raised."""
+        ended, _ = await asyncio.wait(self._background, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
+
+    def _run_in_background(self, *coroutines: Coroutine[object, object, None]) -> None:
+        self._background = [asyncio.create_task(coroutine) for coroutine in coroutines]
+        self._stack.push_async_callback(self._end_background)
+
+    async def _end_background(self) -> None:
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    # -- what happens --------------------------------------------------------------------------------------------------
+
+    def _on_message(self, origin: Origin, frames: list[bytes]) -> None:
+        commands = self.index.on_frames(
+            frames, time.time(), peer=origin.peer, dialled=origin.dialled, port_rank=origin.port_rank
+        )
+        self._perform(commands)
+
+    def _on_replayed(self, engine: EngineId, seq: int, payload: bytes) -> None:
+        self._perform(self.index.on_replayed(engine, seq, payload, time.time()))
+
+    def _on_replay_end(self, engine: EngineId, end: ReplayEnd) -> None:
+        self._perform(self.index.on_replay_end(engine, end, time.time()))
+
+    def _on_facts(self, facts: EngineFacts) -> None:
+        self._perform(self.index.on_facts(facts, time.time()))
+
+    def _on_specs(self, specs: Iterable[EngineSpec]) -> None:
+        self._perform(self.index.on_specs(specs, time.time()))
+        dialled = {
+            engine: endpoint
+            for spec in specs
+            for engine in spec.ids
+            if (endpoint := spec.events_endpoint(engine.rank)) is not None
+        }
+        for engine, why in self._source.set_dialled(dialled).items():
+            self._find(engine, Finding("cannot-dial", why))
+
+    def _perform(self, commands: Iterable[Command]) -> None:
+        for command in commands:
+            self._replays.perform(command)
+        if self.index.fleet_is_stale and self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(FLEET_DELAY_S, self._tell_fleet)
+
+    def _tell_fleet(self) -> None:
+        self._telling = None
+        self._prober.want(self.index.watched())
+        self._local.fleet_changed()
+
+    def _blocks(self, engine: EngineId) -> dict[Medium, int]:
+        known = self.index.engine(engine)
+        return known.blocks() if known else {}
+
+    def _find(self, engine: EngineId | None, finding: Finding) -> None:
+        self._findings.warning(
+            f"{finding.code} {engine}", finding.code, engine=str(engine) if engine else None, why=finding.text
+        )
+
+    # -- what goes on --------------------------------------------------------------------------------------------------
+
+    async def _discover(self) -> None:
+        settings = self.settings
+        engines = watch(
+            settings.engines,
+            defaults=settings.engine_defaults(),
+            environ=self._environ,
+            refresh_s=settings.engine_refresh_s,
+        )
+        async with contextlib.aclosing(engines):
+            async for specs in engines:
+                log.info("engines wanted", extra={"engines": sorted(spec.address for spec in specs)})
+                self._on_specs(specs)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._perform(self.index.on_tick(time.time()))
+
+    async def _sweep(self) -> None:
+        while True:
+            busy = self.index.residency.sweep(SWEEP_PARTS)
+            await asyncio.sleep(0.001 if busy else TICK_S)
+
+
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)

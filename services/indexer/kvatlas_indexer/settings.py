@@ -1,0 +1,76 @@
+"""Settings of the indexer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from kvatlas_common.blocks.profile import Algorithm
+from kvatlas_common.settings import EngineSettings, HashSettings, LogSettings, load
+from kvatlas_indexer.core.engine import Bounds
+from kvatlas_indexer.core.index import Rules
+from kvatlas_indexer.core.naming import Expected
+from kvatlas_indexer.core.stream import Limits
+
+
+def _host_port(text: str) -> str:
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isdecimal() and int(port) < 65536):
+        raise ValueError(f"{text!r} is not <host:port>")
+    return text
+
+
+def _zmq_endpoint(text: str) -> str:
+    if not re.fullmatch(r"tcp://(\*|\[[^\]]+\]|[^:/\s]+):(\d{1,5}|\*)|ipc://.+", text):
+        raise ValueError(f"{text!r} is not tcp://<host>:<port>; to listen on every address write tcp://*:5557")
+    return text
+
+
+HostPort = Annotated[str, AfterValidator(_host_port)]
+ZmqEndpoint = Annotated[str, AfterValidator(_zmq_endpoint)]
+
+
+class IndexerSettings(HashSettings, EngineSettings, LogSettings):
+    """The indexer itself."""
+
+    zmq_listen: tuple[ZmqEndpoint, ...] = Field(
+        ("tcp://*:5557",), max_length=64, description="where engines connect to publish their KV events; empty: nowhere"
+    )
+    listen_ranks: int = Field(
+        1, ge=1, le=1024, description="data-parallel ranks of listened engines: rank N publishes to the port plus N"
+    )
+    topic_prefix: str = Field("", description="take only KV events whose topic begins with this")
+    grpc_listen: HostPort = Field("0.0.0.0:50051", description="where routers ask")
+    rest_listen: HostPort = Field(
+        "127.0.0.1:8081", description="REST, metrics and a web page, open to all who reach it"
+    )
+    recompute_keys: bool = Field(
+        False, description="recompute keys from token ids even where the engines' own hashes can be reproduced"
+    )
+    engine_lease_s: float = Field(15.0, gt=0, description="an engine not heard of for so long gets no requests")
+    forget_after_s: float = Field(600.0, gt=0, description="how long the blocks of a dead engine are kept")
+    doubt_ttl_s: float = Field(600.0, gt=0, description="how long entries stay usable after messages were lost")
+    held_back_max: int = Field(4096, ge=1, description="messages held back per engine during a replay")
+    blocks_max: int = Field(8_000_000, ge=1000, description="blocks kept per engine and medium; the oldest age out")
+    message_bytes_max: int = Field(16 << 20, ge=4096, description="the largest KV event message taken")
+    drain_s: float = Field(5.0, ge=0, description="how long lookups under way may take when stopping")
+
+    @classmethod
+    def load(cls, argv: Sequence[str], environ: Mapping[str, str], *, prog: str = "kvatlas indexer") -> IndexerSettings:
+        """Raises `SystemExit` with every problem on standard error."""
+        return load(cls, argv, environ, prog=prog, description="Turns engines' KV events into the index, and answers.")
+
+    def rules(self) -> Rules:
+        algorithm = self.prefix_caching_hash_algo
+        return Rules(
+            expected=Expected(Algorithm(algorithm) if algorithm else None, self.hash_seed, self.block_size),
+            may_reproduce=not self.recompute_keys,
+            engine_port=self.engine_port,
+            engine_lease_s=self.engine_lease_s,
+            forget_after_s=self.forget_after_s,
+            limits=Limits(held_back_max=self.held_back_max),
+            bounds=Bounds(blocks_max=self.blocks_max, doubt_ttl_s=self.doubt_ttl_s),
+        )
