@@ -1,4 +1,4 @@
-"""What the acceptance runs on: two real vLLM engines on CPU and a `kvatlas up`, all as processes on loopback.
+"""What the acceptance runs on: two real vLLM engines on CPU, an indexer and a router, all as processes on loopback.
 
 One engine's publisher connects to us (listened; named by its topic, no replay, as in the reference set-up), the other's
 binds (dialled; with a replay endpoint). Ports are free ones.
@@ -20,14 +20,14 @@ from tests.live.processes import Child, answers, free_ports
 
 MODEL = "tiny"
 ENGINE_UP_S = 300.0  # two at once on two cores
-ATLAS_UP_S = 60.0
+OURS_UP_S = 60.0
 HERE = Path(__file__).parent
 TOKENIZER = HERE.parent / "data" / "models" / "tiny"
 
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """How the engines are started, and what `kvatlas up` is told of it (nothing: it is discovered)."""
+    """How the engines are started, and what the indexer is told of it (where nothing, it finds out)."""
 
     name: str
     model: str  # full or hybrid
@@ -59,7 +59,7 @@ def make_model(vllm: Path, out: Path, kind: str) -> Path:
     """Raises `AssertionError` with what the script wrote."""
     script, template = HERE / "make_model.py", HERE / "chat_template.jinja"
     command = [str(vllm / "bin" / "python"), str(script), str(TOKENIZER), str(out), kind, str(template)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=_offline())
+    made = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=_plain())
     assert made.returncode == 0, f"no {kind} model:\n{made.stdout}{made.stderr}"
     return out
 
@@ -67,7 +67,7 @@ def make_model(vllm: Path, out: Path, kind: str) -> Path:
 @contextmanager
 def deploy(vllm: Path, model: Path, configuration: Configuration, logs: Path) -> Iterator[Deployment]:
     """Everything up and ready; all of it ended afterwards. Raises `DidNotComeUp`."""
-    listened, dialled, listen, events, replay, router, admin, grpc, rest = free_ports(9)
+    listened, dialled, listen, events, replay, public, admin, grpc, rest = free_ports(9)
     publishers = [
         {"endpoint": f"tcp://127.0.0.1:{listen}"},
         {"endpoint": f"tcp://*:{events}", "replay_endpoint": f"tcp://*:{replay}"},
@@ -87,25 +87,40 @@ def deploy(vllm: Path, model: Path, configuration: Configuration, logs: Path) ->
             child(f"engine-{port}", _serve(vllm, model, port, publisher, configuration), _engine_env(configuration))
             for port, publisher in zip((listened, dialled), publishers, strict=True)
         ]
-        command = [
-            sys.executable, "-m", "kvatlas_cli", "up", "--host", "127.0.0.1", "--port", str(router),
-            "--admin-port", str(admin), "--grpc-port", str(grpc), "--rest-port", str(rest),
-            "--zmq-listen", f"tcp://127.0.0.1:{listen}", "--model", str(model),
-            *(word for spec in specs for word in ("--engine", spec)), *configuration.told,
-        ]  # fmt: skip
-        atlas = child("kvatlas", command, {**os.environ, "HF_HUB_OFFLINE": "1"})
+        indexer = child(
+            "indexer",
+            [
+                *_ours("indexer"), "--grpc-listen", f"127.0.0.1:{grpc}", "--rest-listen", f"127.0.0.1:{rest}",
+                "--zmq-listen", f"tcp://127.0.0.1:{listen}",
+                *(word for spec in specs for word in ("--engine", spec)), *configuration.told,
+            ],
+            _plain(),
+        )  # fmt: skip
+        router = child(
+            "router",
+            [
+                *_ours("router"), "--indexer", f"127.0.0.1:{grpc}", "--host", "127.0.0.1", "--port", str(public),
+                "--admin-port", str(admin), "--drain-delay-s", "0",
+            ],
+            _plain(),
+        )  # fmt: skip
+        indexer.wait_until(lambda: answers(f"http://127.0.0.1:{rest}/readyz"), OURS_UP_S, "readiness")
         for engine, port in zip(engines, (listened, dialled), strict=True):
             url = f"http://127.0.0.1:{port}/health"
             engine.wait_until(lambda url=url: answers(url), ENGINE_UP_S, "answer from /health")  # type: ignore[misc]
         deployment = Deployment(
-            router=f"http://127.0.0.1:{router}",
+            router=f"http://127.0.0.1:{public}",
             admin=f"http://127.0.0.1:{admin}",
             engines=(f"127.0.0.1:{listened}", f"127.0.0.1:{dialled}"),
-            children=(*engines, atlas),
+            children=(*engines, indexer, router),
         )
-        atlas.wait_until(lambda: answers(f"{deployment.router}/readyz"), ATLAS_UP_S, "readiness")
-        atlas.wait_until(lambda: _ready_engines(deployment) == 2, ATLAS_UP_S, "two ready engines")
+        router.wait_until(lambda: answers(f"{deployment.router}/readyz"), OURS_UP_S, "readiness")
+        router.wait_until(lambda: _ready_engines(deployment) == 2, OURS_UP_S, "two ready engines")
         yield deployment
+
+
+def _ours(service: str) -> list[str]:
+    return [sys.executable, "-m", f"kvatlas_{service}"]
 
 
 def _ready_engines(deployment: Deployment) -> float:
@@ -128,7 +143,7 @@ def _serve(vllm: Path, model: Path, port: int, publisher: dict[str, str], config
 
 def _engine_env(configuration: Configuration) -> dict[str, str]:
     environ = {
-        **_offline(),
+        **_plain(),
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
@@ -138,5 +153,6 @@ def _engine_env(configuration: Configuration) -> dict[str, str]:
     return environ | configuration.environ
 
 
-def _offline() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1"}
+def _plain() -> dict[str, str]:
+    """The environment without settings of ours, and without a hub."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("KVATLAS_")} | {"HF_HUB_OFFLINE": "1"}
