@@ -214,7 +214,7 @@ async def test_a_drain_ends_endless_streams_at_once_and_answers_lookups(running:
 
 async def test_a_port_in_use_is_named_with_the_cure(running: Running) -> None:
     second = GrpcServer(running.index, running.observed.append)
-    with pytest.raises(AddressUnavailable, match=rf"gRPC on 127\.0\.0\.1:{running.port}: .*in use.*--grpc-port"):
+    with pytest.raises(AddressUnavailable, match=rf"gRPC on 127\.0\.0\.1:{running.port}: .*in use.*--grpc-listen"):
         await second.start("127.0.0.1", running.port)
     await second.stop(0)
 

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from kvatlas_common.words import EngineId
-from kvatlas_indexer.adapters.replay_client import ReplayClient, ReplayEnd, ReplayOptions, ReplayOutcome
+from kvatlas_indexer.adapters.replay_client import ReplayClient, ReplayResult, ReplayOptions, ReplayOutcome
 from kvatlas_indexer.adapters.zmq_sockets import Context, Socket, new_context
 
 ENGINE = EngineId("10.0.0.1:8000")
@@ -80,7 +80,7 @@ def engine(context: Context) -> Iterator[Engine]:
 
 async def replayed(
     context: Context, engine: Engine, first: int, options: ReplayOptions | None = None
-) -> tuple[ReplayEnd, list[int]]:
+) -> tuple[ReplayResult, list[int]]:
     """The replay's end, and the sequences handed on. Payloads are those of their sequence."""
     got: list[int] = []
 
@@ -91,9 +91,9 @@ async def replayed(
     return await ReplayClient(context, options).replay(ENGINE, engine.endpoint, first, on_batch), got
 
 
-def complete(sequences: range) -> tuple[ReplayEnd, list[int]]:
+def complete(sequences: range) -> tuple[ReplayResult, list[int]]:
     size = sum(len(payload(s)) for s in sequences)
-    return ReplayEnd(ReplayOutcome.COMPLETE, len(sequences), size), list(sequences)
+    return ReplayResult(ReplayOutcome.COMPLETE, len(sequences), size), list(sequences)
 
 
 @pytest.mark.parametrize("topic", [b"kv@10.0.0.1@m", b"", None], ids=["topic", "empty topic", "no topic frame"])
@@ -173,7 +173,7 @@ async def test_nobody_there_is_refused(context: Context, engine: Engine) -> None
 async def test_an_engine_that_says_nothing_is_refused(context: Context, engine: Engine) -> None:
     engine.spoil = lambda _, frames: []
     end, _ = await replayed(context, engine, 0, QUICK)
-    assert end == ReplayEnd(ReplayOutcome.REFUSED, 0, 0, "no answer within 0.3 s")
+    assert end == ReplayResult(ReplayOutcome.REFUSED, 0, 0, "no answer within 0.3 s")
 
 
 async def test_a_server_of_another_kind_is_refused(context: Context) -> None:

@@ -95,7 +95,7 @@ class GrpcServer:
         try:
             bound = self._server.add_insecure_port(address)
         except RuntimeError as error:  # gRPC does not say why
-            raise AddressUnavailable("gRPC", address, str(error), "Check --grpc-port.") from error
+            raise AddressUnavailable("gRPC", address, str(error), "Check --grpc-listen.") from error
         await self._server.start()
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -223,6 +223,6 @@ async def _check_available(host: str, port: int, address: str) -> None:
         server = await asyncio.start_server(lambda reader, writer: writer.close(), host, port)
     except OSError as error:
         number = error.errno if error.errno and error.errno > 0 else errno.EADDRNOTAVAIL  # a name that does not resolve
-        raise unavailable("gRPC", address, number, "--grpc-port") from error
+        raise unavailable("gRPC", address, number, "--grpc-listen") from error
     server.close()
     await server.wait_closed()

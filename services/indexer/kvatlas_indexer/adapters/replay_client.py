@@ -36,7 +36,7 @@ class ReplayOutcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayEnd:
+class ReplayResult:
     """How a replay ended. `batches` were handed on, of `bytes` in all; `why` is empty when it is complete."""
 
     outcome: ReplayOutcome
@@ -79,7 +79,7 @@ class ReplayClient:
         self._turns = asyncio.Semaphore(self._options.concurrent_max)
         self._in_flight: set[EngineId] = set()
 
-    async def replay(self, engine: EngineId, endpoint: str, first_sequence: int, on_batch: OnBatch) -> ReplayEnd:
+    async def replay(self, engine: EngineId, endpoint: str, first_sequence: int, on_batch: OnBatch) -> ReplayResult:
         """Hand on the batches from `first_sequence` (or the oldest remembered) on, in order, each once, without holes.
 
         `on_batch(sequence, payload)` is called in the event loop. Cancelling ends the exchange. Raises `RuntimeError`
@@ -94,8 +94,8 @@ class ReplayClient:
                 try:
                     await exchange.run(self._context, endpoint)
                 except _Ended as end:
-                    return ReplayEnd(end.outcome, exchange.batches, exchange.bytes, end.why)
-                return ReplayEnd(ReplayOutcome.COMPLETE, exchange.batches, exchange.bytes)
+                    return ReplayResult(end.outcome, exchange.batches, exchange.bytes, end.why)
+                return ReplayResult(ReplayOutcome.COMPLETE, exchange.batches, exchange.bytes)
         finally:
             self._in_flight.discard(engine)
 
