@@ -14,7 +14,7 @@ def metrics_page(ranks: Sequence[EngineRank], model: str, hash_algorithm: str, s
     """Prometheus text; `started_at` in seconds since the epoch, of this life of the engine."""
     page = [
         _family("process_start_time_seconds", "gauge", "Start time of the process since unix epoch in seconds."),
-        f"process_start_time_seconds {started_at:.2f}",
+        f"process_start_time_seconds {started_at:.6f}",
     ]
     gauges: _Families = {
         "num_requests_running": ("Number of requests in model execution batches.", lambda r: r.core.running),

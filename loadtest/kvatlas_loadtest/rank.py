@@ -7,13 +7,15 @@ the time model, and a machine too slow for it is caught up with, up to `LAG_MAX_
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 from collections.abc import Callable
 
 from kvatlas_loadtest.events import EventEncoder
 from kvatlas_loadtest.publisher import EventPublisher
 from kvatlas_loadtest.scheduler import EngineCore, EngineRequest
 from kvatlas_loadtest.time_model import TimeModel
+
+log = logging.getLogger(__name__)
 
 LAG_MAX_S = 1.0
 
@@ -69,13 +71,13 @@ class EngineRank:
         if self.publisher is not None:
             self.publisher.start()
         self._task = asyncio.create_task(self._run())
+        self._task.add_done_callback(self._report)
 
     async def stop(self) -> None:
-        """Ends the task and the publisher; raises what the task died of, if it did."""
+        """Ends the task and the publisher."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task])
             self._task = None
         if self.publisher is not None:
             await self.publisher.close()
@@ -90,6 +92,10 @@ class EngineRank:
         """Ends a request; one that has ended already is left alone."""
         if self._mailboxes.pop(request, None) is not None:
             self.core.abort(request)
+
+    def _report(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("rank %d stopped, its requests hang: %r", self.number, error, exc_info=error)
 
     async def _run(self) -> None:
         clock = asyncio.get_running_loop().time

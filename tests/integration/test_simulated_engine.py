@@ -50,7 +50,7 @@ async def stream(session: aiohttp.ClientSession, path: str, **body: Any) -> list
 
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110  the engine has no reason to tell when it has become idle
+        while not condition():
             await asyncio.sleep(0.002)
 
 

@@ -24,13 +24,30 @@ from kvatlas_loadtest.time_model import NO_TIME
 TIGHT = EngineLimits(num_blocks=40, block_size=16)
 
 
+class Sockets:
+    """Keeps the sockets of a test: one that is collected before it is closed is an error."""
+
+    def __init__(self) -> None:
+        self._context = zmq.asyncio.Context()
+        self._opened: list[zmq.asyncio.Socket] = []
+
+    def socket(self, kind: int) -> zmq.asyncio.Socket:
+        self._opened.append(self._context.socket(kind))
+        return self._opened[-1]
+
+    def close(self) -> None:
+        for socket in self._opened:
+            socket.close(linger=0)
+        self._context.term()
+
+
 @asynccontextmanager
-async def sockets() -> AsyncIterator[zmq.asyncio.Context]:
-    context = zmq.asyncio.Context()
+async def sockets() -> AsyncIterator[Sockets]:
+    kept = Sockets()
     try:
-        yield context
+        yield kept
     finally:
-        context.destroy(linger=0)
+        kept.close()
 
 
 async def received(socket: zmq.asyncio.Socket) -> tuple[bytes, int, EventBatch]:
@@ -39,7 +56,7 @@ async def received(socket: zmq.asyncio.Socket) -> tuple[bytes, int, EventBatch]:
     return topic, int.from_bytes(seq, "big"), decode_batch(payload)
 
 
-async def subscribed(context: zmq.asyncio.Context, engine: SimulatedEngine, rank: int = 0) -> zmq.asyncio.Socket:
+async def subscribed(context: Sockets, engine: SimulatedEngine, rank: int = 0) -> zmq.asyncio.Socket:
     """A subscription the engine is known to have seen: an event of a request of its own has come through."""
     socket = context.socket(zmq.SUB)
     socket.subscribe(b"")
