@@ -107,19 +107,37 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, default=TINY_MODEL, help="folder with the tokenizer and template (default: a tiny model)")
     add("--served-model-name", default="tiny", help="(default: %(default)s)")
     _adapter_option(parser)
-    add("--vllm-version", type=WireVersion, choices=list(WireVersion), default=WireVersion.V0_32, metavar="VERSION")
+    add(
+        "--vllm-version",
+        type=WireVersion,
+        choices=list(WireVersion),
+        default=WireVersion.V0_32,
+        metavar="VERSION",
+        help=f"whose events, extra keys and pool: {', '.join(WireVersion)} (default: %(default)s)",
+    )
     add("--num-gpu-blocks-override", type=int, default=limits.num_blocks, metavar="N", help="(default: %(default)s)")
     add("--block-size", type=int, default=limits.block_size, metavar="TOKENS", help="(default: %(default)s)")
     _hash_options(parser, config.hash_algorithm)
     add("--bytes-block-hashes", action="store_true", help="publish whole hashes instead of 64-bit integers")
-    add("--kv-events-endpoint", default=ANY_PORT, help="binds if a wildcard or port 0, else connects; '' for no events")
+    add(
+        "--kv-events-endpoint",
+        default=ANY_PORT,
+        metavar="ENDPOINT",
+        help="binds if a wildcard or port 0, else connects; '' for no events",
+    )
     add("--kv-events-replay-endpoint", default=ANY_PORT, metavar="ENDPOINT", help="'' for no replay")
     add("--kv-events-topic", metavar="TOPIC", help="(default: kv@HOST:PORT@MODEL)")
     add("--first-seq", type=int, default=0, help="number of the first event message (default: 0)")
     add("--data-parallel-size", type=int, default=1, metavar="N", help="ranks, each a cache of its own (default: 1)")
     add("--max-model-len", type=int, default=limits.max_model_len, metavar="TOKENS", help="(default: %(default)s)")
     add("--max-num-seqs", type=int, default=limits.max_num_seqs, metavar="N", help="(default: %(default)s)")
-    add("--max-num-batched-tokens", type=int, default=limits.max_num_batched_tokens, metavar="N")
+    add(
+        "--max-num-batched-tokens",
+        type=int,
+        default=limits.max_num_batched_tokens,
+        metavar="N",
+        help="(default: %(default)s)",
+    )
     add("--api-key", help="required of clients of /v1")
     add(
         "--speed",
