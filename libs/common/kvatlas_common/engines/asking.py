@@ -31,10 +31,15 @@ class AskFailed(Exception):
 
 
 def open_session() -> aiohttp.ClientSession:
-    """A session to ask engines with, to be shared and closed by the caller: keeps connections, keeps no cookies."""
+    """A session to ask engines with, to be shared and closed by the caller: keeps connections, keeps no cookies.
+
+    Connections are not limited here: a probe that waited for one would find a healthy engine hung. Whoever asks limits
+    how much is asked at once.
+    """
     return aiohttp.ClientSession(
         cookie_jar=aiohttp.DummyCookieJar(),
-        connector=aiohttp.TCPConnector(limit=0, limit_per_host=4, keepalive_timeout=30),
+        # uvicorn, and so vLLM, closes a connection that was idle for 5 s; a POST that meets the closing is lost.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),
         auto_decompress=False,  # nothing compressed is asked for, and none is unpacked
     )
 

@@ -47,7 +47,7 @@ class Names:
 async def watching(*written: str, names: Names | None = None) -> AsyncIterator[AsyncIterator[Engines]]:
     sources = [parse_source(text) for text in written]
     resolve = (names or Names({})).resolve
-    async with aclosing(watch(sources, refresh_s=SOON_S, resolve=resolve)) as found, asyncio.timeout(5):  # type: ignore[type-var]
+    async with aclosing(watch(sources, refresh_s=SOON_S, resolve=resolve)) as found, asyncio.timeout(5):
         yield found
 
 
@@ -149,10 +149,11 @@ async def test_a_fixed_list_is_there_at_once_whatever_else_hangs() -> None:
 
 async def test_sources_are_united_and_the_first_describes_an_engine(tmp_path: Path) -> None:
     path = tmp_path / "engines.yaml"
-    path.write_text("['10.0.0.1:8000,ranks=4', b:1]")
     names = Names({"vllm": OSError("no")})
     async with watching("10.0.0.1:8000,ranks=2", f"file:{path}", "dns:vllm:8000", names=names) as found:
         assert await anext(found) == engines("10.0.0.1:8000,ranks=2")
+        (tmp_path / "next").write_text("['10.0.0.1:8000,ranks=4', b:1]")
+        (tmp_path / "next").rename(path)
         assert await anext(found) == engines("10.0.0.1:8000,ranks=2", "b:1")
         names.answers["vllm"] = frozenset({"10.0.0.1", "10.0.0.2"})
         assert await anext(found) == engines("10.0.0.1:8000,ranks=2", "b:1", "10.0.0.2:8000")
