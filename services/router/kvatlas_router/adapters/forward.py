@@ -234,14 +234,22 @@ class _PassOn:
             if not stream:
                 return  # an unfinished body: the server breaks the connection
             if told.outcome is Outcome.CUT:
-                event = cut_event(self.job.request.path, f"engine {self.term.engine} was lost while it answered")
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                await self._end_cut(send, f"engine {self.term.engine} was lost while it answered")
+        except asyncio.CancelledError:
+            if stream:  # the router goes; where the client is gone this reaches nobody
+                await self._end_cut(send, "the router is shutting down")
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            raise
         finally:
             if not encoded:
                 told.usage = read_usage(self.tail.bytes())
         if dropper is not None:
             await send({"type": "http.response.body", "body": dropper.rest(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _end_cut(self, send: Send, why: str) -> None:
+        event = cut_event(self.job.request.path, why)
+        await send({"type": "http.response.body", "body": event, "more_body": True})
 
     async def _body(self, first: bytes, send: Send, dropper: UsageChunkFilter | None) -> None:
         clock = asyncio.get_running_loop().time

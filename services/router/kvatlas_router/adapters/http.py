@@ -6,6 +6,7 @@ only if it is known here: what an engine offers besides (sleep, load an adapter,
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -112,6 +113,9 @@ class PublicApi:
         except HttpError as error:
             self._metrics.refused.labels(str(error.status)).inc()
             await self._reply(request, send, error.status, error.body(), error.headers)
+        except asyncio.CancelledError:
+            # The server cancels what outlives the drain and ends; nothing waits for this task then.
+            log.warning("request cut, the drain is over", extra={"request_id": request.id, "path": request.path})
 
     async def _serve(self, request: Request, receive: Receive, send: Send) -> None:
         path = request.path
