@@ -12,6 +12,7 @@ from collections.abc import Coroutine, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry
 
+from kvatlas_common.blocks.profile import Algorithm
 from kvatlas_common.engines.asking import open_session
 from kvatlas_common.engines.discovery import watch
 from kvatlas_common.engines.probe import EngineFacts, Prober
@@ -28,9 +29,10 @@ from kvatlas_indexer.adapters.rest import build_app
 from kvatlas_indexer.adapters.zmq_sockets import new_context
 from kvatlas_indexer.adapters.zmq_source import Origin, ZmqSource, ZmqSourceOptions
 from kvatlas_indexer.core.accuracy import Accuracy
-from kvatlas_indexer.core.index import Command, KvIndex
-from kvatlas_indexer.core.naming import Finding
-from kvatlas_indexer.core.stream import ReplayEnd
+from kvatlas_indexer.core.engine import Bounds
+from kvatlas_indexer.core.index import Command, KvIndex, Rules
+from kvatlas_indexer.core.naming import Expected, Finding
+from kvatlas_indexer.core.stream import Limits, ReplayEnd
 from kvatlas_indexer.settings import IndexerSettings
 
 log = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ class Indexer:
 
     def __init__(self, settings: IndexerSettings, *, environ: Mapping[str, str]) -> None:
         self.settings = settings
-        self.index = KvIndex(settings.rules(), on_finding=self._find)
+        self.index = KvIndex(_rules(settings), on_finding=self._find)
         self.accuracy = Accuracy()
         self.ready = False
         self.zmq_endpoints: tuple[str, ...] = ()
@@ -217,3 +219,16 @@ class Indexer:
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def _rules(settings: IndexerSettings) -> Rules:
+    algorithm = settings.prefix_caching_hash_algo
+    return Rules(
+        expected=Expected(Algorithm(algorithm) if algorithm else None, settings.hash_seed, settings.block_size),
+        may_reproduce=not settings.recompute_keys,
+        engine_port=settings.engine_port,
+        engine_lease_s=settings.engine_lease_s,
+        forget_after_s=settings.forget_after_s,
+        limits=Limits(held_back_max=settings.held_back_max),
+        bounds=Bounds(blocks_max=settings.blocks_max, doubt_ttl_s=settings.doubt_ttl_s),
+    )

@@ -8,12 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from kvatlas_common.blocks.profile import Algorithm
 from kvatlas_common.settings import EngineSettings, HashSettings, LogSettings, load
-from kvatlas_indexer.core.engine import Bounds
-from kvatlas_indexer.core.index import Rules
-from kvatlas_indexer.core.naming import Expected
-from kvatlas_indexer.core.stream import Limits
 
 
 def _host_port(text: str) -> str:
@@ -62,15 +57,3 @@ class IndexerSettings(HashSettings, EngineSettings, LogSettings):
     def load(cls, argv: Sequence[str], environ: Mapping[str, str], *, prog: str = "kvatlas indexer") -> IndexerSettings:
         """Raises `SystemExit` with every problem on standard error."""
         return load(cls, argv, environ, prog=prog, description="Turns engines' KV events into the index, and answers.")
-
-    def rules(self) -> Rules:
-        algorithm = self.prefix_caching_hash_algo
-        return Rules(
-            expected=Expected(Algorithm(algorithm) if algorithm else None, self.hash_seed, self.block_size),
-            may_reproduce=not self.recompute_keys,
-            engine_port=self.engine_port,
-            engine_lease_s=self.engine_lease_s,
-            forget_after_s=self.forget_after_s,
-            limits=Limits(held_back_max=self.held_back_max),
-            bounds=Bounds(blocks_max=self.blocks_max, doubt_ttl_s=self.doubt_ttl_s),
-        )
