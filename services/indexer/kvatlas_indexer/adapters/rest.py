@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from kvatlas_common.blocks.extras import Lora, PromptExtras, UnknownExtra
 from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import HashProfile
-from kvatlas_common.fleet import EngineView
+from kvatlas_common.fleet import EngineView, Sync
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.adapters.http_server import LimitBody, serve
 from kvatlas_indexer.adapters.rest_json import MatchBody, block_key, engine_json, holders_json, match_json
@@ -64,7 +64,9 @@ def build_app(
 
 def _add_lookups(app: FastAPI, index: Index, blocks: Blocks | None) -> None:
     def shown(view: EngineView) -> dict[str, object]:
-        return engine_json(view, blocks(view.id) if blocks else None)
+        if blocks is None or view.sync is Sync.UNKNOWN:  # unknown is not empty
+            return engine_json(view, None)
+        return engine_json(view, blocks(view.id))
 
     @app.get("/v1/engines")
     async def engines() -> JSONResponse:
