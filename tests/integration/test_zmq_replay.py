@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from kvatlas_common.words import EngineId
-from kvatlas_indexer.adapters.replay_client import ReplayClient, ReplayResult, ReplayOptions, ReplayOutcome
+from kvatlas_indexer.adapters.replay_client import ReplayClient, ReplayOptions, ReplayOutcome, ReplayResult
 from kvatlas_indexer.adapters.zmq_sockets import Context, Socket, new_context
 
 ENGINE = EngineId("10.0.0.1:8000")

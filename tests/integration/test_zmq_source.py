@@ -100,7 +100,7 @@ def make_source(context: Context, inbox: Inbox, options: ZmqSourceOptions | None
 async def subscribed(publisher: Socket) -> None:
     """Waits until a subscriber's subscription has reached an XPUB: what is sent before that is lost, by design."""
     async with asyncio.timeout(DEADLINE_S):
-        while not publisher.poll(0):  # noqa: ASYNC110 - a ZeroMQ socket sets no event
+        while not publisher.poll(0):
             await asyncio.sleep(0.005)
     publisher.recv()
 
