@@ -257,6 +257,11 @@ class KvIndex:
         self._freshen()
         return self._fleet
 
+    @property
+    def fleet_is_stale(self) -> bool:
+        """Whether `fleet()` would differ from what it last was."""
+        return self._fleet_stale
+
     def engine(self, engine: EngineId) -> Engine | None:
         known = self._known.get(engine)
         return known.engine if known else None
