@@ -152,6 +152,8 @@ class _Reading:
         if not isinstance(part, Mapping):
             raise PromptError("a content part is neither text nor an object")
         kind = part.get("type")
+        if not isinstance(kind, str | None):
+            raise PromptError("a content part whose type is no text")
         if kind is None or part.get("uuid") is not None:
             kind = next((field for field in _MODALITY if field in part), None)
         elif kind in _TEXT_FIELD:
@@ -223,12 +225,17 @@ def _arguments(arguments: Any) -> Mapping[str, Any]:
     return arguments if isinstance(arguments, Mapping) else {}
 
 
-def _developer_tools(tools: Any) -> list[dict[str, Any]] | None:
-    if tools is None:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(t, Mapping) for t in tools):
-        raise PromptError("a developer message's tools are not a list of objects")
-    return [_ordered(tool, ("function", "type")) for tool in tools]
+def _developer_tools(tools: Any) -> Any:
+    """Known fields first, if each of them is what OpenAI calls a tool; else vLLM passes them on as they are."""
+    order = ("name", "description", "parameters", "strict")
+    ordered = []
+    for tool in tools if isinstance(tools, list) else ():
+        match tool:
+            case {"type": "function", "function": {"name": str()} as function}:
+                ordered.append(_ordered(tool, ("function", "type")) | {"function": _ordered(function, order)})
+            case _:
+                return tools
+    return ordered or tools
 
 
 def _tool(tool: Any) -> dict[str, Any]:

@@ -38,14 +38,15 @@ class ChatTemplate:
 
     def __init__(self, source: str, now: Clock, name: str = "chat template") -> None:
         """Raises `BadTemplate`, naming `name`."""
-        environment = _environment(now)
+        environment = _environment()
         try:
             tree = environment.parse(source)
+            self._variables = jinja2.meta.find_undeclared_variables(tree)  # before functions become globals
+            environment.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda f: now().strftime(f)}
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise BadTemplate(f"{name}: {error}") from error
         self._source = source
-        self._variables = jinja2.meta.find_undeclared_variables(tree)
         self.volatile = "strftime_now" in self._variables
         self.knows_developer = '"developer"' in source or "'developer'" in source
         self.content_format = content_format(tree)
@@ -105,13 +106,11 @@ def _up_to_the_end(text: str, content: str) -> str:
     return text[:end].rstrip() if trimmed else text[:end]
 
 
-def _environment(now: Clock) -> ImmutableSandboxedEnvironment:
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: now().strftime(form)
     return environment
 
 
