@@ -130,8 +130,9 @@ class FleetKeeper:
             self._grace_end = asyncio.get_running_loop().call_later(GRACE_S + 0.1, self._news.set)
         self._indexer_was_up = up
         in_grace = up and now < self._grace_until
-        if up and not in_grace:
-            self._remember(indexed)
+        if up:
+            before = self._remembered.engines if in_grace else {}
+            self._remember({**before, **indexed.engines})
         listed = {i: EngineView(i, s.url) for i, s in self._specs.items()}
         probed = {f.id: _probed(f) for f in self._facts.values()}
         fleet = merged(indexed, listed, probed, Fleet() if up and not in_grace else self._remembered)
@@ -141,8 +142,8 @@ class FleetKeeper:
             for listener in self.on_change:
                 listener(fleet)
 
-    def _remember(self, indexed: Fleet) -> None:
-        remembered = Fleet.of(map(as_remembered, indexed.engines.values()))
+    def _remember(self, engines: Mapping[EngineId, EngineView]) -> None:
+        remembered = Fleet.of(map(as_remembered, engines.values()))
         if remembered != self._remembered:
             self._remembered = remembered
             self._to_save.set()
