@@ -146,6 +146,10 @@ class Tokenizers:
         if self._parity is not None:
             self._parity.meet(fleet)
 
+    def checked(self, address: str) -> bool:
+        """Whether local tokens have been compared with those of the engine at this address."""
+        return self._parity is not None and self._parity.checked(address)
+
     def local(self, view: EngineView, model: str) -> LocalModel:
         """Where prompts for `model` at this engine are tokenised here. The oldest go when there are too many."""
         wanted = self._wanted(view, model)

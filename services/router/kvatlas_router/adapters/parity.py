@@ -63,6 +63,7 @@ class Parity:
         self._metrics = metrics
         self._ready: dict[str, EngineView] = {}
         self._due: dict[str, float] = {}
+        self._compared: set[str] = set()
         self._disagreements: dict[str, str] = {}
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -81,12 +82,17 @@ class Parity:
         """What differs between its tokens and ours, as last seen."""
         return self._disagreements.get(view.id.address)
 
+    def checked(self, address: str) -> bool:
+        """Whether the engine's answers could be compared, with whatever result."""
+        return address in self._compared
+
     def meet(self, fleet: Fleet) -> None:
         ready = {v.id.address: v for v in fleet.engines.values() if v.health is Health.READY and v.models}
         if ready.keys() - self._ready.keys():
             self._news.set()
         self._ready = ready
         self._due = {a: due for a, due in self._due.items() if a in ready}
+        self._compared &= ready.keys()
         known = {e.address for e in fleet.engines}
         self._disagreements = {a: why for a, why in self._disagreements.items() if a in known}
 
@@ -117,6 +123,7 @@ class Parity:
 
     def _learn(self, view: EngineView, model: str, differs: str | None) -> None:
         address = view.id.address
+        self._compared.add(address)
         before = self._disagreements.pop(address, None)
         if differs is None:
             if before is not None:
