@@ -53,7 +53,7 @@ class ChatTemplates:
     @property
     def volatile(self) -> bool:
         """Some prompt may depend on the time it is rendered at."""
-        return any(template.volatile for template in self._named.values())
+        return any(template.volatile for template in (*self._named.values(), self._processor) if template is not None)
 
     def choose(self, with_tools: bool) -> ChatTemplate:
         """Raises `PromptError` where this model's chats cannot be rendered here."""

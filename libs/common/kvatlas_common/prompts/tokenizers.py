@@ -61,7 +61,7 @@ class TextTokenizer:
         self.front, self.back = _around(tokenizer)
         self.names = dict(names)
         self.special = SpecialTokens(tokenizer.get_added_tokens_decoder().values())
-        self.special.exact &= treats_pieces_alike(definition)
+        self.special.exact &= treats_pieces_alike(definition) and not tokenizer.encode_special_tokens
         self.truncation_side: Literal["left", "right"] = "left"  # vLLM's choice for models that generate
 
     @classmethod
@@ -72,6 +72,7 @@ class TextTokenizer:
             tokenizer = tokenizers.Tokenizer.from_file(str(files.tokenizer))
             names = _special_token_names(config, files)
             _add_tokens(tokenizer, config, names)
+            tokenizer.encode_special_tokens = config.get("split_special_tokens") is True  # as ordinary text
         except Exception as error:  # `tokenizers` raises plain Exception
             raise BadModelFiles(f"{files.tokenizer}: {error}") from error
         return cls(tokenizer, definition, names)

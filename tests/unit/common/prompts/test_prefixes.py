@@ -49,6 +49,7 @@ def check_books(cache: PrefixCache) -> None:
     assert reachable == set(cache._recent)
     assert cache.bytes == sum(entry.size for entry in reachable) <= cache.bytes_max
     assert all(cache._chains.values()), "no label without chains"
+    assert all(chain.segment in cache._recent for chain in reachable if isinstance(chain, Chain))
 
 
 @given(st.lists(st.tuples(PIECES, LABELS, st.integers(0, 3)), max_size=30), st.sampled_from([0, 3_000, 9_000, 1 << 20]))

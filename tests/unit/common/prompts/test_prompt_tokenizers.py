@@ -163,6 +163,12 @@ def test_named_tokens_become_special(tmp_path: Path) -> None:
     assert tokenizer.special.pieces("a<image>b") == ["a<image>", "b"]
 
 
+def test_special_tokens_may_be_ordinary_text(tmp_path: Path) -> None:
+    tokenizer = load(tmp_path, DEFINITION, split_special_tokens=True)
+    assert 2 not in tokenizer.encoder.encode("a<|im_end|>b")
+    assert tokenizer.special.pieces("a<|im_end|>b") == ["a<|im_end|>b"]
+
+
 def test_truncation_and_padding_of_the_file_are_ignored(tmp_path: Path) -> None:
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     padding = {
