@@ -59,6 +59,21 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
+class Stray:
+    """A follow-up that left its conversation's engine."""
+
+    exchange: Exchange
+    home: Exchange  # the turn before
+
+    def __str__(self) -> str:
+        e = self.exchange
+        return (
+            f"#{e.number} (turn {e.turn} of conversation {e.conversation}) went to {e.engine}, its home is "
+            f"{self.home.engine} (#{self.home.number}); predicted {e.predicted}, was {e.actual}, reason {e.reason}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Figures of one run. `strict`: compared, nothing else in flight at the engine; `homes`: follow-ups of those."""
 
@@ -75,7 +90,7 @@ class Report:
     actual_tokens: int
     prompt_tokens: int
     differences: tuple[Difference, ...]
-    strayed: tuple[str, ...]  # follow-ups that left their conversation's engine
+    strayed: tuple[Stray, ...]
     reasons: Mapping[str, int]
     per_engine: Mapping[str, int]
 
@@ -111,12 +126,7 @@ def compare(exchanges: Sequence[Exchange]) -> Report:
         actual_tokens=sum(e.actual or 0 for e in comparable),
         prompt_tokens=sum(e.prompt_tokens for e in comparable),
         differences=tuple(Difference(e, neighbours[e.number], _idle(e, answered)) for e in comparable if not e.equal),
-        strayed=tuple(
-            f"#{e.number} (turn {e.turn} of conversation {e.conversation}) went to {e.engine}, "
-            f"its home is {home.engine} (#{home.number}); predicted {e.predicted}, was {e.actual}, reason {e.reason}"
-            for e, home in follow_ups
-            if e.engine != home.engine
-        ),
+        strayed=tuple(Stray(e, home) for e, home in follow_ups if e.engine != home.engine),
         reasons=Counter(e.reason for e in answered),
         per_engine=Counter(str(e.engine) for e in answered),
     )

@@ -25,6 +25,8 @@ from tests.live.workload import Workload
 
 REQUESTS = 200
 EXACT_SHARE_MIN = 0.99
+IMPRECISE_MAX = 2  # until an engine's first event tells its hash profile, nothing can be predicted of it
+PRECISE = "precise"
 VLLM = os.environ.get("KVATLAS_VLLM", "")
 
 pytestmark = [
@@ -40,7 +42,7 @@ CONFIGURATIONS = (
         {"PYTHONHASHSEED": "42"},
         ("--block-size", "64", "--prefix-caching-hash-algo", "sha256_cbor", "--hash-seed", "42"),
     ),
-    Configuration("defaults", "full", ("--block-size", "32", "--num-gpu-blocks-override", "1000")),
+    Configuration("defaults", "full", ("--block-size", "32", "--num-gpu-blocks-override", "250")),
     Configuration(
         "hybrid",
         "hybrid",
@@ -91,29 +93,34 @@ def deployment(
 async def test_what_is_predicted_is_what_the_engines_report(
     configuration: Configuration, deployment: Deployment, figures: dict[str, tuple[Report, dict[str, float]]]
 ) -> None:
-    before = {where: deployment.metric("kvatlas_router_tokenised_total", where=where) for where in ("local", "remote")}
-    exchanges = await _run(deployment)
-    report = compare(exchanges)
-    tokenised = {
-        f"tokenised {where}": deployment.metric("kvatlas_router_tokenised_total", where=where) - before[where]
-        for where in before
-    }
-    tokenised["template or tokens differ"] = deployment.metric("kvatlas_router_parity_mismatches_total")
-    figures[configuration.name] = (report, tokenised)
+    report = compare(await _run(deployment))
+    more = _more(deployment)
+    figures[configuration.name] = (report, more)
     _print(configuration.name, report)
 
     assert not report.failed, [f"#{e.number} {e.status} {e.error}" for e in report.failed]
     assert report.requests == REQUESTS
-    assert report.incomparable <= REQUESTS // 100, report.reasons
+    assert report.incomparable <= IMPRECISE_MAX, report.reasons
     assert report.exact_share >= EXACT_SHARE_MIN, [str(d) for d in report.differences]
     assert not report.unexplained, [str(d) for d in report.unexplained]
     assert set(report.per_engine) == set(deployment.engines), "an engine was never used"
     assert report.actual_tokens > report.prompt_tokens // 4, "too little was cached for the comparison to mean much"
-    assert tokenised["tokenised remote"] == 0
-    assert tokenised["tokenised local"] > 0
-    assert tokenised["template or tokens differ"] == 0
+    assert more["tokenised remote"] == 0
+    assert more["tokenised local"] > REQUESTS // 2
+    assert more["checks of tokens that differed"] == 0
+    assert (more["blocks evicted"] > 0) == ("--num-gpu-blocks-override" in configuration.flags)
     assert report.homes > REQUESTS // 5
-    assert report.homes_found == report.homes, report.strayed
+    assert not [str(s) for s in report.strayed if s.exchange.reason == PRECISE]
+
+
+def _more(deployment: Deployment) -> dict[str, float]:
+    return {
+        "tokenised local": deployment.router_metric("tokenised_total", where="local"),
+        "tokenised remote": deployment.router_metric("tokenised_total", where="remote"),
+        "checks of tokens that differed": deployment.router_metric("parity_mismatches_total"),
+        "blocks stored": deployment.indexer_metric("events_total", outcome="stored"),
+        "blocks evicted": deployment.indexer_metric("events_total", outcome="removed"),
+    }
 
 
 async def _run(deployment: Deployment) -> list[Exchange]:
