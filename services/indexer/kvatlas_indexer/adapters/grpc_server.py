@@ -29,7 +29,7 @@ from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as pb_grpc
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.addresses import AddressUnavailable, unavailable
-from kvatlas_indexer.core.contracts import FleetDelta, Index, UnknownModel
+from kvatlas_indexer.core.contracts import FleetDelta, Index, IndexUnavailable, UnknownModel
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +138,8 @@ class _KvIndex(pb_grpc.KvIndexServicer):
             answer = await self._index.match(model, prompts, engines)
         except UnknownModel:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"model: no engine serves {model!r}")
+        except IndexUnavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         return wire.match_response(answer)
 
     async def WatchFleet(self, request: pb.WatchFleetRequest, context: Context) -> AsyncIterator[pb.FleetUpdate]:

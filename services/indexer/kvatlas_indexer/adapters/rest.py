@@ -24,7 +24,7 @@ from kvatlas_common.fleet import EngineView, Sync
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.adapters.http_server import LimitBody, serve
 from kvatlas_indexer.adapters.rest_json import MatchBody, block_key, engine_json, holders_json, match_json
-from kvatlas_indexer.core.contracts import Index, UnknownModel
+from kvatlas_indexer.core.contracts import Index, IndexUnavailable, UnknownModel
 
 __all__ = ["build_app", "serve"]
 
@@ -169,6 +169,10 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(UnknownModel)
     async def unknown_model(_: Request, error: UnknownModel) -> JSONResponse:
         return _error(404, f"model: no engine serves it: {error}", "model_not_found")
+
+    @app.exception_handler(IndexUnavailable)
+    async def unavailable(_: Request, error: IndexUnavailable) -> JSONResponse:
+        return _error(503, str(error), "index_unavailable")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:

@@ -24,6 +24,10 @@ class UnknownModel(LookupError):
     """No engine of the fleet serves this model."""
 
 
+class IndexUnavailable(Exception):
+    """The store cannot be asked just now: not the same as nobody holding anything."""
+
+
 class Index(Protocol):
     """What a lookup needs, whoever asks and wherever residency is kept."""
 
@@ -32,12 +36,12 @@ class Index(Protocol):
     ) -> MatchAnswer:
         """`prompts`: hash profile name -> the prompt's block keys under it. `engines`: only these; empty, all.
 
-        Raises `UnknownModel`.
+        Raises `UnknownModel`, `IndexUnavailable`.
         """
         ...
 
     async def holders(self, model: str, key: int) -> tuple[Holder, ...]:
-        """Who holds one block. Raises `UnknownModel`."""
+        """Who holds one block. Raises `UnknownModel`, `IndexUnavailable`."""
         ...
 
     def fleet(self) -> Fleet: ...
