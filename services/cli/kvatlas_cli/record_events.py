@@ -29,12 +29,16 @@ _GroupOfRank: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long to wait, in seconds. `quiet_s`: silence once what is known to be due has come; `unsure_s`: silence where
-    nothing is known to be due; `due_s`: at most, for what is due."""
+    """How long to wait, in seconds.
+
+    `quiet_s`: silence, once what is known to be due has come. `unsure_s`: silence, where nothing is known to be due.
+    `due_s`: at most, for what is due, and for silence. `first_s`: for the first message of a rank to come at all.
+    """
 
     quiet_s: float = 0.05
     unsure_s: float = 0.25
     due_s: float = 3.0
+    first_s: float = 3.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from kvatlas_loadtest.workload import WORDS
 
 PROBE_WORDS = 600  # where the engine does not tell its block size
 PROBES = 3
-PROBE_ANSWER_S = 3.0
 UNSETTLED_IN_A_ROW = 3
 
 
@@ -153,7 +152,7 @@ class Recorder:
             answer = await self._engine.complete(Request(COMPLETIONS, body, pinned))
             if answer.status != 200:
                 raise RecordFailed(f"engine {spec.url} answered {answer.status} to a plain completion")
-            if await self.log.until_heard_of(rank, PROBE_ANSWER_S):
+            if await self.log.until_heard_of(rank, self._patience.first_s):
                 break
         else:
             raise RecordFailed(_nothing_heard(spec.events, rank))
