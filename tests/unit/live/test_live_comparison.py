@@ -39,6 +39,14 @@ def test_a_neighbour_in_flight_at_the_same_engine_explains() -> None:
     assert (report.strict, report.loose, report.loose_equal) == (0, 2, 1)
 
 
+def test_more_cached_right_after_an_answer_is_events_under_way() -> None:
+    more = exchange(1, sent_s=1.01, done_s=2.0, actual=128)
+    less = exchange(2, sent_s=2.01, done_s=3.0, actual=0)
+    report = compare([exchange(0), more, less])
+    assert "sent 10 ms after the last answer there, events under way" in str(report.differences[0])
+    assert [d.exchange.number for d in report.unexplained] == [2]
+
+
 def test_a_neighbour_at_another_engine_does_not() -> None:
     report = compare([exchange(0, engine="b:1"), exchange(1, sent_s=0.5, predicted=0)])
     assert len(report.unexplained) == 1
