@@ -320,8 +320,9 @@ def _shown(screen: Screen, task: TaskID, recorder: Recorder) -> Callable[[], Non
 
 
 def _conclude(console: Console, plan: Plan, summary: Summary) -> None:
-    for line in summary.sentences():
-        console.print(escape(line))
+    if summary.tally.requests or not summary.failure:
+        for line in summary.sentences():
+            console.print(escape(line), soft_wrap=True)
     if summary.failure:
         console.print(f"[red]kvatlas record:[/] {escape(summary.failure)}", soft_wrap=True)
     if summary.auditable:

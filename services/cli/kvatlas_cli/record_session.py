@@ -214,8 +214,8 @@ class Recorder:
 
     async def _settle(self, before: Mark, answer: Answer, tokens: list[int] | None) -> None:
         """The last sampled token is never computed: no block is whole because of it."""
-        due = 0
-        if self._block_size and tokens and answer.says_usage and self._unsettled_in_a_row < UNSETTLED_IN_A_ROW:
+        due, known = 0, answer.says_usage and (answer.cached_tokens is not None or self._says_cached)
+        if self._block_size and tokens and known and self._unsettled_in_a_row < UNSETTLED_IN_A_ROW:
             computed = len(tokens) + (answer.completion_tokens or 1) - 1
             due = computed // self._block_size * self._block_size - (answer.cached_tokens or 0)
         if await self.log.until_settled(before, max(due, 0), self._patience):

@@ -290,6 +290,17 @@ def test_a_capture_is_never_overwritten(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["requests.jsonl"]
 
 
+def test_a_capture_without_a_request_leaves_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").touch()
+    for folder in (tmp_path / "mine", tmp_path / "new"):
+        with CaptureWriter(folder) as files:
+            files.message(1.5, message(0))
+            files.models(b"{}")
+            files.metrics(b"")
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["mine", "mine/notes.txt"]
+
+
 def plan(*words: str) -> record.Plan:
     parser = argparse.ArgumentParser(exit_on_error=False)
     record.add_arguments(parser)
