@@ -212,9 +212,9 @@ async def _until(stop: asyncio.Event, items: AsyncIterator[T]) -> AsyncGenerator
             yield item
     finally:
         stopped.cancel()
-        if coming is not None and not coming.done():
+        if coming is not None:
             coming.cancel()
-            await asyncio.wait((coming,))
+            await asyncio.gather(coming, return_exceptions=True)  # however it ends now, nobody wants it
 
 
 async def _check_available(host: str, port: int, address: str) -> None:
