@@ -6,20 +6,26 @@ that need the network (a replay) are returned.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from kvatlas_common.events.types import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, RejectedEvent
+from kvatlas_common.events.types import (
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    Event,
+    EventBatch,
+    RejectedEvent,
+    Rejection,
+)
 from kvatlas_common.fleet import Sync
 from kvatlas_common.words import EngineId, Medium
-from kvatlas_indexer.core.match import EngineGroups, GroupRule, Kind
-from kvatlas_indexer.core.naming import Finding, Mode, Naming
-from kvatlas_indexer.core.residency import Residency
-from kvatlas_indexer.core.stream import (
+from kvatlas_indexer.core.effects import (
     Apply,
     BeginEpoch,
+    BuildAgain,
     CancelReplay,
     Doubt,
     DropDoubtful,
@@ -28,18 +34,24 @@ from kvatlas_indexer.core.stream import (
     Message,
     ReplayEnd,
     RequestReplay,
-    Stream,
 )
+from kvatlas_indexer.core.match import EngineGroups, GroupRule, Kind
+from kvatlas_indexer.core.naming import Finding, Mode, Naming
+from kvatlas_indexer.core.residency import Residency
+from kvatlas_indexer.core.stream import Stream
 
 GROUPS_MAX = 64
 RESTARTS_SUSPECT, RESTARTS_WITHIN_S = 4, 10.0
 """So many restarts within so many seconds are no restarts: two publishers speak under one name."""
+DOUBTS_PER_TTL = 8
+"""A stream that loses messages all the time is put in doubt so often while a doubtful entry lives, not at each loss."""
+_MEDIA = frozenset(Medium)
 Network: TypeAlias = RequestReplay | CancelReplay
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    blocks_max: int = 8_000_000  # per engine and medium; beyond, what is there becomes doubtful and ages out
+    blocks_max: int = 8_000_000  # per engine, group and medium; beyond, they become doubtful, and those before them go
     doubt_ttl_s: float = 600.0  # how long doubtful entries stay usable
 
 
@@ -69,6 +81,8 @@ class Engine:
         self._bounds = bounds or Bounds()
         self._reannounces = reannounces
         self._drop_last_blocks = drop_last_blocks
+        self._doubted_at = float("-inf")
+        self._due: frozenset[Medium] = frozenset()  # what is to be put in doubt when the time has come
         self._restarts: list[float] = []
         self._odd = ""  # a lasting reason not to be exact
         self._findings: list[Finding] = []
@@ -77,15 +91,27 @@ class Engine:
 
     @property
     def sync(self) -> Sync:
-        sync = self.stream.sync
-        return Sync.INEXACT if sync is Sync.EXACT and self.inexact_reason else sync
+        return self.status[0]
 
     @property
     def inexact_reason(self) -> str:
-        if self.stream.inexact_reason:
-            return self.stream.inexact_reason
+        """Empty unless it is inexact."""
+        return self.status[1]
+
+    @property
+    def status(self) -> tuple[Sync, str]:
+        sync = self.stream.sync
+        if sync is Sync.EXACT:
+            reason = self._why_inexact()
+            return (Sync.INEXACT, reason) if reason else (sync, "")
+        return sync, self.stream.inexact_reason
+
+    def _why_inexact(self) -> str:
+        """What keeps it from being exact although every message has been applied."""
         if self._odd:
             return self._odd
+        if self._due or self._residency.in_doubt(self.id):
+            return "some of what it holds is in doubt: a clear empties the gpu, and says nothing of the other media"
         if self._reannounces:
             return "it announces blocks again that it merely hit: copies cannot be counted"
         if self.naming.unnamed:
@@ -131,30 +157,43 @@ class Engine:
 
     def on_tick(self, now: float) -> list[Network]:
         self._residency.expire_doubts(now - self._bounds.doubt_ttl_s, self.id)
+        if self._due:
+            self._doubt(self._due, now)
         return self._perform(self.stream.on_tick(now), now)
 
     def forget(self) -> None:
         """It is gone: nothing of it stays."""
         self._residency.clear(self.id)
-        self.naming.forget_names()
+        self._residency.bury(self.naming.forget_names())
+
+    def configure(self, *, reannounces: bool, drop_last_blocks: int) -> None:
+        """What the configuration says of it."""
+        if (reannounces, drop_last_blocks) != (self._reannounces, self._drop_last_blocks):
+            self._reannounces, self._drop_last_blocks = reannounces, drop_last_blocks
+            self._residency.version += 1
 
     # -- effects -------------------------------------------------------------------------------------------------------
 
     def _perform(self, effects: Sequence[Effect], now: float) -> list[Network]:
         network: list[Network] = []
-        pending = list(effects)
+        pending = deque(effects)
         while pending:
-            effect = pending.pop(0)
+            effect = pending.popleft()
             match effect:
                 case Apply(message):
-                    pending = [*self._apply(message.batch, now), *pending]
+                    pending.extendleft(reversed(self._apply(message.batch, now)))
                 case BeginEpoch(reason):
                     self._begin_epoch(reason, now)
                 case Doubt(reason):
                     self.counts["loss"] += 1
-                    self._residency.doubt(self.id, now)
+                    self._doubt(_MEDIA, now)
                     self._findings.append(Finding("loss", reason))
+                case BuildAgain():
+                    self._due = frozenset()
+                    self._residency.doubt(self.id, now)
+                    self._residency.bury(self.naming.forget_names())
                 case DropDoubtful():
+                    self._due = frozenset()
                     self._residency.expire_doubts(float("inf"), self.id)
                 case Duplicate():
                     self.counts["duplicate"] += 1
@@ -174,8 +213,11 @@ class Engine:
 
     def _apply_events(self, events: Sequence[BlockStored | BlockRemoved], now: float) -> None:
         """Names are learned from all of them first: a window group may be announced before the group that tells."""
+        size = self.naming.block_size
         findings, renamed = self.naming.study(events, self.rules)
         self._findings += findings
+        if self.naming.block_size != size:
+            self._residency.version += 1
         if renamed:
             self._residency.rename(self.id, renamed)
         for event in events:
@@ -185,34 +227,40 @@ class Engine:
                 self._remove(event)
 
     def _learn_groups(self, batch: EventBatch) -> None:
+        """The kind of a group comes with its stores; those of offload tiers may leave it out."""
         for event in batch.events:
-            if not isinstance(event, BlockStored) or event.group in self.rules:
+            if type(event) is not BlockStored:
                 continue
-            if len(self.rules) >= GROUPS_MAX:
+            known = self.rules.get(event.group)
+            if known is not None and (event.kind is None or (event.kind, event.window) == (known.name, known.window)):
+                continue
+            if known is None and len(self.rules) >= GROUPS_MAX:
                 self._odd = f"it has more than {GROUPS_MAX} cache groups"
                 return
             rule = self.rules[event.group] = GroupRule.of(event.kind, event.window)
             self._residency.version += 1
             if rule.kind is Kind.UNKNOWN:
-                self._odd = f"cache group {event.group} is of kind {rule.name!r}, whose hits are not known"
+                self._odd = f"cache group {event.group} is of kind {(rule.name or '')[:64]!r}, whose hits are not known"
                 self._findings.append(Finding("unknown-group-kind", self._odd))
 
     def _store(self, event: BlockStored, now: float) -> None:
         size = event.block_size
         if size and event.medium is Medium.GPU:
             if self.naming.block_size is None:
-                self.naming.block_size = size
-                self._residency.version += 1
+                self.naming.learn_block_size(size)
             elif size != self.naming.block_size and not self._odd:
                 self._odd = f"it has blocks of {self.naming.block_size} and of {size} tokens"
                 self._findings.append(Finding("mixed-block-sizes", self._odd))
         keys = self.naming.stored(event)
         self.counts["stored"] += len(keys)
+        if not keys:
+            return
         write = self._residency.hold if self._reannounces else self._residency.store
         write(self.id, event.group, event.medium, keys)
-        place = self._residency.places(self.id)[event.group, event.medium]
-        if place.live.blocks > self._bounds.blocks_max:
+        place = self._residency.place(self.id, event.group, event.medium)
+        if place is not None and place.live.blocks > self._bounds.blocks_max:
             self._residency.doubt(self.id, now, [event.medium])
+            self._residency.keep_doubts(place, 1)
             self._odd = f"more than {self._bounds.blocks_max} blocks on {event.medium}: the oldest are aging out"
             self._findings.append(Finding("too-many-blocks", self._odd))
 
@@ -226,25 +274,45 @@ class Engine:
         """The gpu's pool is empty; whether the other tiers went with it, the event does not say: they are in doubt."""
         self.counts["cleared"] += 1
         self._residency.clear(self.id, [Medium.GPU])
-        self._residency.doubt(self.id, now)
-        if not self._residency.places(self.id):
-            self.naming.forget_names()
+        self._due -= {Medium.GPU}
+        if self._residency.places(self.id):
+            self._doubt(_MEDIA - {Medium.GPU}, now)
+        else:
+            self._residency.bury(self.naming.forget_names())
+
+    def _doubt(self, media: frozenset[Medium], now: float) -> None:
+        """Doubtful generations are bounded, and none may be forgotten before its time: so they are not begun too fast.
+
+        Until the next is begun, what has been stored since the last one is not told from what may be wrong.
+        """
+        if now - self._doubted_at < self._bounds.doubt_ttl_s / DOUBTS_PER_TTL:
+            self._due |= media
+            return
+        self._doubted_at, self._due = now, self._due - media
+        self._residency.doubt(self.id, now, media)
 
     def _reject(self, rejected: Sequence[RejectedEvent], now: float) -> list[Effect]:
+        told: set[Rejection] = set()
         effects: list[Effect] = []
         for event in rejected:
             self.counts[event.rejection] += 1
-            self._findings.append(Finding(event.rejection, event.why))
-            if event.lossy:
-                effects += self.stream.on_unusable(f"an event could not be read: {event.why}", now)
+            if event.rejection not in told:
+                told.add(event.rejection)
+                self._findings.append(Finding(event.rejection, event.why))
+                if event.rejection is Rejection.UNKNOWN_MEDIUM:
+                    self._odd = f"{event.why}: what it holds there is not known"
+            if event.lossy and not effects:
+                effects = self.stream.on_unusable(f"an event could not be read: {event.why}", now)
         return effects
 
     def _begin_epoch(self, reason: str, now: float) -> None:
         self.counts["restart"] += 1
         self._residency.clear(self.id)
+        self._residency.bury(self.naming.forget_names())
         self.naming.begin_epoch()
         self.rules.clear()
         self._odd = ""
+        self._due, self._doubted_at = frozenset(), float("-inf")
         self._findings.append(Finding("restart", reason))
         self._restarts = [*self._restarts[1 - RESTARTS_SUSPECT :], now]
         if len(self._restarts) == RESTARTS_SUSPECT and now - self._restarts[0] < RESTARTS_WITHIN_S:

@@ -19,16 +19,18 @@ from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.events.decode import decode_batch, decode_seq, decode_topic
 from kvatlas_common.events.types import EventBatch, MalformedBatch, RejectedEvent, Rejection
-from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health, Sync
+from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health
 from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.claims import Claims
 from kvatlas_indexer.core.contracts import UnknownModel
+from kvatlas_indexer.core.effects import CancelReplay, Message, ReplayEnd, RequestReplay
 from kvatlas_indexer.core.engine import Bounds, Engine, Network
-from kvatlas_indexer.core.match import Plan
+from kvatlas_indexer.core.known import Known
 from kvatlas_indexer.core.naming import Expected, Finding, Naming
+from kvatlas_indexer.core.plans import ModelPlan, Plans
 from kvatlas_indexer.core.residency import Residency
-from kvatlas_indexer.core.stream import CancelReplay, Limits, Message, ReplayEnd, RequestReplay, Stream
+from kvatlas_indexer.core.stream import Limits, Stream
 
 ENGINES_MAX = 4096
 """Engines known at once. A listened name beyond is refused: names come from the network."""
@@ -65,28 +67,6 @@ class StopReplay:
 Command: TypeAlias = Replay | StopReplay
 
 
-@dataclass(slots=True)
-class _Known:
-    """What is known of one engine beside its index."""
-
-    engine: Engine
-    spec: EngineSpec | None = None
-    facts: EngineFacts | None = None
-    alive_at: float = 0.0
-    down_since: float | None = None
-    forgotten: bool = False
-    status: tuple[object, ...] = ()  # what of the engine's state its view shows
-
-
-@dataclass(slots=True)
-class _Plans:
-    """Matching plans, derived when first asked for."""
-
-    version: tuple[int, int] = (-1, -1)
-    by_model: dict[str, dict[str, Plan]] = field(default_factory=dict)
-    unknown: dict[str, tuple[EngineId, ...]] = field(default_factory=dict)
-
-
 class KvIndex:
     """Not thread-safe: one event loop owns it. `now` is in seconds since the epoch throughout."""
 
@@ -96,13 +76,16 @@ class KvIndex:
         self.refused: Counter[str] = Counter()
         """Messages not taken, by reason: frames, message, payload, claim, too-many-engines."""
         self._on_finding = on_finding
-        self._known: dict[EngineId, _Known] = {}
+        self._known: dict[EngineId, Known] = {}
+        self._ranks: dict[str, dict[int, Known]] = {}  # the same by address and rank
         self._specs: dict[str, EngineSpec] = {}
         self._claims = Claims(lease_s=self.rules.engine_lease_s)
-        self._fleet = Fleet()
-        self._fleet_version = 0
-        self._fleet_stale = True
-        self._plans = _Plans()
+        self._views: dict[EngineId, EngineView] = {}
+        self._stale: set[EngineId] = set()  # engines whose view is to be made anew
+        self._fleet: Fleet | None = Fleet()
+        self._matching_version = 0  # rises when a view changes in what matching rests on
+        self._verified: list[HashProfile] | None = None
+        self._plans = Plans()
 
     # -- the write path ------------------------------------------------------------------------------------------------
 
@@ -116,8 +99,8 @@ class KvIndex:
         except ValueError as error:
             return self._refuse("frames", dialled, f"from {peer or dialled}: not [topic, seq, payload]: {error}")
         try:
-            address = dialled.address if dialled else self._claimed(topic_frame, peer or "?", now)
             batch = decode_batch(payload)
+            address = dialled.address if dialled else self._claimed(topic_frame, peer or "?", now)
         except MalformedBatch as error:
             return self._refuse("payload" if dialled else "message", dialled, f"from {peer or dialled}: {error}")
         if address is None:
@@ -125,6 +108,7 @@ class KvIndex:
         known = self._take(EngineId(address, port_rank if batch.rank is None else batch.rank), now)
         if known is None:
             return []
+        known.speaks = known.speaks or dialled is None
         message = Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch)
         return self._commands(known, known.engine.on_message(message, now))
 
@@ -141,14 +125,14 @@ class KvIndex:
             return None
         return address
 
-    def _take(self, engine: EngineId, now: float) -> _Known | None:
-        known = self._known.get(engine)
+    def _take(self, engine: EngineId, now: float) -> Known | None:
+        known = self._known.get(engine) or self._add(engine, now)
         if known is None:
-            if len(self._known) >= ENGINES_MAX:
-                self._refuse("too-many-engines", None, f"{engine}: {ENGINES_MAX} engines are known already")
-                return None
-            known = self._add(engine, now)
+            return None
         known.alive_at = now
+        if known.down_since is not None and (known.facts is None or known.facts.health is not Health.DOWN):
+            known.down_since, known.forgotten = None, False  # it was merely silent
+            self._stale.add(engine)
         return known
 
     def on_replayed(self, engine: EngineId, seq: int, payload: bytes, now: float) -> list[Command]:
@@ -174,30 +158,37 @@ class KvIndex:
         commands: list[Command] = []
         for spec in self._specs.values():
             for engine in spec.ids:
-                if engine not in self._known and len(self._known) >= ENGINES_MAX:
-                    self._refuse("too-many-engines", None, f"{engine}: {ENGINES_MAX} engines are known already")
-                    continue
-                known = self._known.get(engine) or self._add(engine, now)
-                known.spec = spec
-                known.engine.stream.can_replay = spec.replay_endpoint(engine.rank) is not None
-                commands += self._commands(known, known.engine.on_attached(now))
-        for engine, known in list(self._known.items()):
-            if engine.address not in self._specs and known.spec is not None:
-                self._drop(engine)
-        self._fleet_stale = True
+                if engine not in self._known:
+                    self._add(engine, now)
+            for known in self._ranks.get(spec.address, {}).values():
+                commands += self._respecify(known, spec, now)
+        for known in [k for k in self._known.values() if k.spec is not None and k.id.address not in self._specs]:
+            if known.speaks and now - known.alive_at <= self.rules.engine_lease_s:
+                commands += self._respecify(known, None, now)
+            else:
+                commands += self._drop(known)
         return commands
+
+    def _respecify(self, known: Known, spec: EngineSpec | None, now: float) -> list[Command]:
+        known.spec, engine = spec, known.engine
+        engine.configure(
+            reannounces=bool(spec and spec.reannounces), drop_last_blocks=spec.speculative_drop_blocks if spec else 0
+        )
+        engine.stream.can_replay = spec is not None and spec.replay_endpoint(known.id.rank) is not None
+        self._stale.add(known.id)
+        return self._commands(known, engine.on_attached(now))
 
     def on_facts(self, facts: EngineFacts, now: float) -> list[Command]:
         """What an engine says of itself; for rank 0 it goes for all ranks of the address."""
+        ranks = self._ranks.get(facts.id.address, {})
         commands: list[Command] = []
-        for engine, known in list(self._known.items()):
-            if engine == facts.id or (facts.id.rank == 0 and engine.address == facts.id.address):
-                commands += self._learn(known, facts, now)
-        self._fleet_stale = True
+        for rank in ranks if facts.id.rank == 0 else {facts.id.rank} & ranks.keys():
+            commands += self._learn(ranks[rank], facts, now)
         return commands
 
-    def _learn(self, known: _Known, facts: EngineFacts, now: float) -> list[Command]:
+    def _learn(self, known: Known, facts: EngineFacts, now: float) -> list[Command]:
         known.facts = facts
+        self._stale.add(known.id)
         network: list[Network] = []
         if facts.health is Health.READY:
             known.alive_at = now
@@ -211,22 +202,23 @@ class KvIndex:
         return self._commands(known, network)
 
     def on_tick(self, now: float) -> list[Command]:
-        """About once a second: leases, stalled replays, doubts. The sweep is `residency.sweep`."""
+        """A few times a second: leases, stalled replays, doubts. The sweep is `residency.sweep`."""
         commands: list[Command] = []
-        for engine, known in list(self._known.items()):
+        for known in list(self._known.values()):
             commands += self._commands(known, known.engine.on_tick(now))
-            if known.down_since is None and now - known.alive_at > self.rules.engine_lease_s and not self._ready(known):
-                known.down_since, self._fleet_stale = now, True
+            if known.down_since is None and now - known.alive_at > self.rules.engine_lease_s and not known.ready:
+                known.down_since = now
+                self._stale.add(known.id)
             if known.down_since is not None and now - known.down_since > self.rules.forget_after_s:
-                self._forget(engine, known)
+                commands += self._forget(known)
         return commands
 
     def watched(self) -> frozenset[EngineSpec]:
         """Engines to probe: those discovered, and those that have made themselves known."""
         wanted = dict(self._specs)
-        for engine in self._known:
-            if engine.address not in wanted:
-                wanted[engine.address] = EngineSpec(engine.address, f"http://{engine.address}")
+        for address in self._ranks:
+            if address not in wanted:
+                wanted[address] = EngineSpec(address, f"http://{address}")
         return frozenset(wanted.values())
 
     # -- the read path -------------------------------------------------------------------------------------------------
@@ -235,13 +227,15 @@ class KvIndex:
         self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
     ) -> MatchAnswer:
         """`prompts`: profile name -> block keys. Raises `UnknownModel`."""
-        plans, unknown = self._plan(model)
+        plan = self._plan(model)
         found: list[EngineMatch] = []
-        for profile, keys in prompts.items():
-            if (plan := plans.get(profile)) is not None:
-                found += plan.match(self.residency.masks(keys))
-        unasked = tuple(e for profile, plan in plans.items() if profile not in prompts for e in plan.engines)
-        unknown += unasked
+        unknown = plan.unknown
+        for profile, of_profile in plan.by_profile.items():
+            if (keys := prompts.get(profile)) is not None:
+                masks = self.residency.masks(keys) if of_profile.needs_all else self.residency.leading_masks(keys)
+                found += of_profile.match(masks)
+            else:
+                unknown += tuple(of_profile.engines)
         if engines:
             wanted = frozenset(engines)
             found = [match for match in found if match.engine in wanted]
@@ -250,17 +244,20 @@ class KvIndex:
 
     def holders(self, model: str, key: int) -> tuple[Holder, ...]:
         """Raises `UnknownModel`."""
+        self._freshen()
         serving = {view.id for view in self._serving(model)}
         return tuple(holder for holder in self.residency.holders(key) if holder.engine in serving)
 
     def fleet(self) -> Fleet:
         self._freshen()
+        if self._fleet is None:
+            self._fleet = Fleet.of(self._views.values())
         return self._fleet
 
     @property
     def fleet_is_stale(self) -> bool:
-        """Whether `fleet()` would differ from what it last was."""
-        return self._fleet_stale
+        """Whether `fleet()` may differ from what it last was."""
+        return bool(self._stale) or self._fleet is None
 
     def engine(self, engine: EngineId) -> Engine | None:
         known = self._known.get(engine)
@@ -269,38 +266,40 @@ class KvIndex:
     def engines(self) -> tuple[Engine, ...]:
         return tuple(known.engine for known in self._known.values())
 
-    def _serving(self, model: str) -> tuple[EngineView, ...]:
-        serving = self.fleet().serving(model)
-        if not serving and not any(view.serves(model) for view in self._fleet.engines.values()):
+    def _serving(self, model: str) -> list[EngineView]:
+        named = [view for view in self._views.values() if view.serves(model)]
+        if not named:
             raise UnknownModel(model)
-        return serving
+        return [view for view in named if view.health is not Health.DOWN]
 
-    def _plan(self, model: str) -> tuple[dict[str, Plan], tuple[EngineId, ...]]:
+    def _plan(self, model: str) -> ModelPlan:
         self._freshen()
-        version = (self.residency.version, self._fleet_version)
-        if self._plans.version != version or len(self._plans.by_model) > 256:
-            self._plans = _Plans(version)
-        if model not in self._plans.by_model:
-            by_profile: dict[str, list[EngineView]] = {}
-            unknown: list[EngineId] = []
-            for view in self._serving(model):
-                heard = self._known[view.id].engine.stream.last is not None or view.sync is Sync.EXACT
-                if view.profile is None or not heard:
-                    unknown.append(view.id)
-                else:
-                    by_profile.setdefault(view.profile, []).append(view)
-            self._plans.by_model[model] = {
-                profile: Plan([self._known[view.id].engine.groups() for view in views])
-                for profile, views in by_profile.items()
-            }
-            self._plans.unknown[model] = tuple(unknown)
-        return self._plans.by_model[model], self._plans.unknown[model]
+        plan = self._plans.get(model, (self.residency.version, self._matching_version))
+        if plan is not None:
+            return plan
+        serving = self._serving(model)
+        return self._plans.keep(model, ModelPlan.of((self._known[view.id], view) for view in serving))
 
     # -- within --------------------------------------------------------------------------------------------------------
 
-    def _add(self, engine: EngineId, now: float) -> _Known:
+    def _add(self, engine: EngineId, now: float) -> Known | None:
+        """None if there are too many."""
+        if len(self._known) >= ENGINES_MAX:
+            self._refuse("too-many-engines", None, f"{engine}: {ENGINES_MAX} engines are known already")
+            return None
+        return self._keep(Known(self._new_engine(engine), self._specs.get(engine.address), alive_at=now))
+
+    def _keep(self, known: Known) -> Known:
+        ranks = self._ranks.setdefault(known.id.address, {})
+        if known.facts is None and 0 in ranks:
+            known.facts = ranks[0].facts
+        self._known[known.id] = ranks[known.id.rank] = known
+        self._stale.add(known.id)
+        return known
+
+    def _new_engine(self, engine: EngineId) -> Engine:
         spec = self._specs.get(engine.address)
-        made = Engine(
+        return Engine(
             engine,
             self.residency,
             Stream(can_replay=bool(spec and spec.replay_endpoint(engine.rank)), limits=self.rules.limits),
@@ -314,35 +313,41 @@ class KvIndex:
             reannounces=bool(spec and spec.reannounces),
             drop_last_blocks=spec.speculative_drop_blocks if spec else 0,
         )
-        known = self._known[engine] = _Known(made, spec, alive_at=now)
-        sibling = self._known.get(EngineId(engine.address))
-        if sibling is not None and sibling.facts is not None:
-            known.facts = sibling.facts
-        self._fleet_stale = True
-        return known
 
-    def _drop(self, engine: EngineId) -> None:
-        self._known.pop(engine).engine.forget()
-        self._fleet_stale = True
+    def _drop(self, known: Known) -> list[Command]:
+        commands: list[Command] = [StopReplay(known.id)] if known.engine.stream.replaying else []
+        known.engine.forget()
+        del self._known[known.id]
+        ranks = self._ranks[known.id.address]
+        del ranks[known.id.rank]
+        if not ranks:
+            del self._ranks[known.id.address]
+        self._stale.add(known.id)
+        self._verified = None
+        return commands
 
-    def _forget(self, engine: EngineId, known: _Known) -> None:
+    def _forget(self, known: Known) -> list[Command]:
         """Dead for long: its blocks go; its name too, unless discovery still wants it."""
-        if engine.address not in self._specs:
-            self._drop(engine)
-        elif not known.forgotten:
-            known.engine.forget()
-            replacement = self._add(engine, now=known.alive_at)
-            replacement.facts, replacement.down_since, replacement.forgotten = known.facts, known.down_since, True
+        if not known.wanted:
+            return self._drop(known)
+        if known.forgotten:
+            return []
+        commands = self._drop(known)
+        known.engine, known.forgotten, known.status = self._new_engine(known.id), True, ()
+        self._keep(known)
+        return commands
 
     def _adapters(self, engine: EngineId) -> tuple[Adapter, ...]:
         known = self._known.get(engine)
         return known.facts.adapters if known and known.facts else ()
 
     def _verified_profiles(self) -> list[HashProfile]:
-        namings = [known.engine.naming for known in self._known.values()]
-        return list(dict.fromkeys(n.profile for n in namings if n.verified and n.profile is not None))
+        if self._verified is None:
+            namings = [known.engine.naming for known in self._known.values()]
+            self._verified = list(dict.fromkeys(n.profile for n in namings if n.verified and n.profile is not None))
+        return self._verified
 
-    def _commands(self, known: _Known, network: Iterable[Network]) -> list[Command]:
+    def _commands(self, known: Known, network: Iterable[Network]) -> list[Command]:
         engine, commands = known.engine, list[Command]()
         for request in network:
             match request:
@@ -354,9 +359,10 @@ class KvIndex:
                     commands.append(StopReplay(engine.id))
         for finding in engine.take_findings():
             self._on_finding(engine.id, finding)
-        status = (engine.sync, engine.inexact_reason, engine.naming.profile, engine.naming.verified)
+        status = known.status_now()
         if status != known.status:
-            known.status, self._fleet_stale = status, True
+            known.status, self._verified = status, None
+            self._stale.add(engine.id)
         return commands
 
     def _refuse(self, reason: str, engine: EngineId | None, text: str) -> list[Command]:
@@ -364,36 +370,20 @@ class KvIndex:
         self._on_finding(engine, Finding(f"refused-{reason}", text))
         return []
 
-    @staticmethod
-    def _ready(known: _Known) -> bool:
-        return known.facts is not None and known.facts.health is Health.READY
-
     def _freshen(self) -> None:
-        """The fleet as it is now."""
-        if self._fleet_stale:
-            self._fleet = Fleet.of(self._view(engine, known) for engine, known in self._known.items())
-            self._fleet_stale = False
-            self._fleet_version += 1
+        """The views as they are now. A change of load alone leaves the matching plans as they are."""
+        for engine in self._stale:
+            known, before = self._known.get(engine), self._views.pop(engine, None)
+            after = known.view(self.rules.expected) if known else None
+            if after is not None:
+                self._views[engine] = after
+            if after != before:
+                self._fleet = None
+            if _matters(before) != _matters(after):
+                self._matching_version += 1
+        self._stale.clear()
 
-    def _view(self, engine: EngineId, known: _Known) -> EngineView:
-        facts, naming = known.facts or EngineFacts(engine), known.engine.naming
-        return EngineView(
-            id=engine,
-            url=known.spec.url if known.spec else f"http://{engine.address}",
-            models=facts.models,
-            adapters=facts.adapters,
-            root=facts.root,
-            health=Health.DOWN if known.down_since is not None else facts.health,
-            load=facts.load,
-            profile=profile.name if (profile := naming.profile or self._default_profile()) else None,
-            profile_verified=naming.verified,
-            block_size=naming.block_size or self.rules.expected.block_size,
-            sync=known.engine.sync,
-            inexact_reason=known.engine.inexact_reason,
-            max_model_len=facts.max_model_len,
-        )
 
-    def _default_profile(self) -> HashProfile | None:
-        """What a router may assume of an engine that has stored nothing yet."""
-        size = self.rules.expected.block_size
-        return next(iter(self.rules.expected.profiles(size)), None) if size else None
+def _matters(view: EngineView | None) -> object:
+    """What of a view matching rests on."""
+    return view and (view.models, view.health is Health.DOWN, view.profile, view.block_size, view.sync)

@@ -6,14 +6,17 @@ when any of its media does. Speculative decoding drops the last block of the hit
 Source: vLLM 0.32 `v1/core/single_type_kv_cache_manager.py`, `v1/core/kv_cache_coordinator.py`.
 
 Nearly all engines have one full-attention group on one medium: one bit. They are followed all at once, an AND a block;
-only where a bit falls out is anything done. The others (hybrid, tiered, or with doubtful entries) are done one by one.
+only where a bit falls out is anything done. The others (hybrid, tiered, or with doubtful entries) are done one by one,
+over the runs of blocks that have the same holders.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import groupby
+from typing import TypeAlias
 
 from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
@@ -76,8 +79,12 @@ class _Careful:
     groups: EngineGroups
     full: tuple[int, ...]  # a mask per full-attention group: any of these bits will do
     windows: tuple[tuple[int, int], ...]  # (mask, blocks needed) per window group
-    media: tuple[tuple[Medium, int], ...]  # where a block of the first full-attention group is, nearest first
+    media: tuple[tuple[Medium, int], ...]  # where a block of the group that tells is, nearest first
     doubtful: int
+
+
+Run: TypeAlias = tuple[int, int, int]
+"""(holders, first block, end): consecutive blocks of the prompt with the same holders."""
 
 
 class Plan:
@@ -93,92 +100,109 @@ class Plan:
             if groups.places:
                 self._add(groups)
         self._simple_mask = sum(1 << index for index in self._simple)
+        self.needs_all = any(not careful.full for careful in self._careful)
+        """Whether blocks matter that come after one nobody holds: to an engine without full attention."""
 
     def _add(self, groups: EngineGroups) -> None:
         lanes: dict[int, int] = {}
         for (group, _), place in groups.places.items():
             lanes[group] = lanes.get(group, 0) | place.mask
-        rules = {group: groups.rules.get(group, GroupRule(Kind.FULL)) for group in lanes}
-        if len(groups.places) == 1:
-            ((group, medium), place) = next(iter(groups.places.items()))
-            if not place.doubts and rules[group].kind is Kind.FULL:
-                self._simple[place.live.index] = (groups.engine, groups.exact, medium, groups.drop_last_blocks)
-                return
-        full = [group for group in sorted(lanes) if rules[group].kind is Kind.FULL]
-        expected_full = [g for g, rule in groups.rules.items() if rule.kind is Kind.FULL]
-        if not full or any(group not in lanes for group in expected_full):
-            return  # a full-attention group holds nothing: neither does the engine
-        windows = [g for g, rule in groups.rules.items() if rule.kind is Kind.WINDOW]
-        media = {medium: place.mask for (group, medium), place in groups.places.items() if group == full[0]}
+        rules = {**{group: GroupRule(Kind.FULL) for group in lanes}, **groups.rules}
+        full = [group for group in sorted(rules) if rules[group].kind is Kind.FULL]
+        windows = [group for group in sorted(rules) if rules[group].kind is Kind.WINDOW]
+        asked = [*full, *windows]
+        if not asked or any(group not in lanes for group in asked):
+            return  # a group that must hold something holds nothing: neither does the engine
+        ((_, medium), place), *more = groups.places.items()
+        if not more and not windows and not place.doubts:
+            self._simple[place.live.index] = (groups.engine, groups.exact, medium, groups.drop_last_blocks)
+            return
+        telling = {medium: place for (group, medium), place in groups.places.items() if group == asked[0]}
         self._careful.append(
             _Careful(
                 groups,
                 tuple(lanes[group] for group in full),
-                tuple((lanes.get(g, 0), groups.rules[g].blocks_needed(groups.block_size)) for g in windows),
-                tuple((medium, media[medium]) for medium in Medium if medium in media),
-                sum(place.doubt_mask for (group, _), place in groups.places.items() if group == full[0]),
+                tuple((lanes[group], rules[group].blocks_needed(groups.block_size)) for group in windows),
+                tuple((medium, telling[medium].mask) for medium in Medium if medium in telling),
+                sum(place.doubt_mask for place in telling.values()),
             )
         )
 
     def match(self, masks: Sequence[int]) -> list[EngineMatch]:
         """`masks[i]`: the holders of the prompt's block i. Engines that would serve nothing are left out."""
         found = self._match_simple(masks)
-        for careful in self._careful:
-            match = _match_careful(careful, masks)
-            if match.blocks:
-                found.append(match)
+        if self._careful:
+            runs = list(_runs(masks))
+            found += [match for careful in self._careful if (match := _match_careful(careful, runs)).blocks]
         return found
 
     def _match_simple(self, masks: Sequence[int]) -> list[EngineMatch]:
-        alive, found = self._simple_mask, list[EngineMatch]()
-        for depth, holders in enumerate(masks):
-            left = alive & holders
-            if left != alive:
-                if depth:
-                    self._report(alive ^ left, depth, found)
-                if not left:
-                    return found
-                alive = left
-        if masks:
-            self._report(alive, len(masks), found)
+        alive, found, depth, same = self._simple_mask, list[EngineMatch](), 0, -1
+        for holders in masks:
+            if holders != same:
+                left = alive & holders
+                if left != alive:
+                    if depth:
+                        self._report(alive ^ left, depth, found)
+                    if not left:
+                        return found
+                    alive = left
+                same = holders
+            depth += 1
+        if depth:
+            self._report(alive, depth, found)
         return found
 
     def _report(self, bits: int, depth: int, found: list[EngineMatch]) -> None:
         while bits:
-            low = bits & -bits
-            bits ^= low
-            engine, exact, medium, dropped = self._simple[low.bit_length() - 1]
+            index = bits.bit_length() - 1
+            bits ^= 1 << index
+            engine, exact, medium, dropped = self._simple[index]
             if depth > dropped:
                 found.append(EngineMatch(engine, depth - dropped, {medium: depth - dropped}, exact))
 
 
-def _match_careful(careful: _Careful, masks: Sequence[int]) -> EngineMatch:
-    length = len(masks)
+def _runs(masks: Sequence[int]) -> Iterator[Run]:
+    first = 0
+    for holders, run in groupby(masks):
+        end = first + sum(1 for _ in run)
+        yield holders, first, end
+        first = end
+
+
+def _match_careful(careful: _Careful, runs: Sequence[Run]) -> EngineMatch:
+    length = runs[-1][2] if runs else 0
     for lane in careful.full:
-        length = next((i for i in range(length) if not masks[i] & lane), length)
+        length = next((first for holders, first, _ in runs if first < length and not holders & lane), length)
     previous = -1
     while previous != length:  # a shorter hit for one group is a new question to the others
         previous = length
         for lane, needed in careful.windows:
-            length = _window_hit(masks, length, lane, needed)
+            length = _window_hit(runs, length, lane, needed)
     length = max(0, length - careful.groups.drop_last_blocks)
     media: dict[Medium, int] = {}
-    doubtful = 0
-    for holders in masks[:length]:
-        medium = next(medium for medium, mask in careful.media if holders & mask)
-        media[medium] = media.get(medium, 0) + 1
-        doubtful += 1 if holders & careful.doubtful else 0
+    doubtful, nearest = 0, careful.media[0][0]
+    for holders, first, end in runs:
+        if first >= length:
+            break
+        blocks = min(end, length) - first
+        # without full attention, blocks before the window need not be anywhere
+        medium = next((medium for medium, mask in careful.media if holders & mask), nearest)
+        media[medium] = media.get(medium, 0) + blocks
+        doubtful += blocks if holders & careful.doubtful else 0
     return EngineMatch(careful.groups.engine, length, media, careful.groups.exact, doubtful)
 
 
-def _window_hit(masks: Sequence[int], length: int, lane: int, needed: int) -> int:
+def _window_hit(runs: Sequence[Run], length: int, lane: int, needed: int) -> int:
     """The longest hit of at most `length` blocks whose last `needed` blocks (or all) the lane holds."""
-    run = 0
-    for i in range(length - 1, -1, -1):
-        if masks[i] & lane:
-            run += 1
-            if run == needed:
-                return i + run
-        else:
-            run = 0
-    return run
+    held_to = 0
+    for holders, first, end in reversed(runs):
+        if first >= length:
+            continue
+        if not holders & lane:
+            held_to = 0
+            continue
+        held_to = held_to or min(end, length)
+        if held_to - first >= needed:
+            return held_to
+    return held_to

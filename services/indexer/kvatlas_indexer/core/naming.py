@@ -9,18 +9,20 @@ less:
 | events name their extra keys (vLLM >= 0.22)                 | the hashes cannot be reproduced: *recompute*         |
 | they do not, and no profile is configured                   | the same, until a later root proves a profile        |
 | they do not, and a profile is configured                    | perhaps a salted request: wait for more roots        |
+| an adapter is used whose name or path is not known          | nothing                                              |
 
 *Recomputing* an engine: each block is hashed again from its token ids with a profile of ours, and its own hash is kept
 beside (`_names`) to know what a removal means. Should a later root prove a profile after all, everything is renamed
-back.
+back, unless there is too much of it by then: recomputed keys are as exact.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 from kvatlas_common.blocks.discover import RootBlock, discover, explain, refine, reproduces
 from kvatlas_common.blocks.extras import UnknownExtra, event_extra
@@ -35,6 +37,12 @@ UNPROVEN_ROOTS_MAX = 8
 """Roots without extra keys that may fail a configured profile before it is given up."""
 FULL_SEARCHES_MAX = 8
 """Roots on which every known seed is tried; later ones are held against configured and fleet profiles only."""
+SEARCH_TOKENS_MAX = 4096
+"""Blocks of more tokens are too dear to try every seed on. vLLM's largest are those of hybrid models, about 2,000."""
+RENAMES_MAX = 65_536
+"""Names up to which an engine is renamed back to its own hashes: it is done at once, at a few us each."""
+NAMES_MAX = 8_000_000
+"""Names kept of one engine; blocks beyond cannot be named, and lookups do not find them."""
 DROPPED_NAMES_MAX = 65_536
 """Names kept of blocks no longer held: an offload tier may store one just after the gpu has evicted it."""
 
@@ -105,7 +113,8 @@ class Naming:
         self._others = others
         self._extras_proven = False
         self._roots_failed = 0
-        self._named_wrong = False
+        self._searched: Counter[bool] = Counter()  # full searches done, on roots that are (not) evidence
+        self._told: set[str] = set()  # findings reported in this epoch
         self._names: dict[int, _Name] = {}
         self._dropped: OrderedDict[int, bytes] = OrderedDict()
 
@@ -140,7 +149,7 @@ class Naming:
         if event.parent is not None or not self._may_reproduce:
             return False
         if not self.verified:
-            return True
+            return len(self._names) <= RENAMES_MAX
         return not self._extras_proven and (event.lora_id is not None or event.lora_name is not None or _salted(event))
 
     def _root(self, event: BlockStored) -> RootBlock:
@@ -168,55 +177,68 @@ class Naming:
     def _judge(self, root: RootBlock, says_extra_keys: bool) -> list[Finding]:
         self.block_size = len(root.tokens)
         if self.verified:
-            return self._refine(root)
+            return self._refine(root, says_extra_keys)
         candidates = [*self._expected.profiles(self.block_size), *self._others()]
-        if self.profile is not None:
-            candidates.insert(0, self.profile)
-        found = next((profile for profile in candidates if reproduces(profile, root)), None)
-        if found is None and self._roots_failed < FULL_SEARCHES_MAX:
-            found = discover(root, (), [self._expected.seed] if self._expected.seed else [])
+        if self.profile is not None and self.mode is Mode.OWN:
+            candidates.insert(0, replace(self.profile, block_size=self.block_size))
+        found = next((profile for profile in candidates if reproduces(profile, root)), None) or self._search(root)
         if found is None:
             return self._unproven(root, says_extra_keys)
-        self._extras_proven = bool(root.untagged) or root.lora_id is not None or root.lora_name is not None
+        self._extras_proven = bool(root.untagged) or _adapted(root)
         if not self._extras_proven and not says_extra_keys and found.extra_keys is ExtraKeys.TAGGED:
             found = replace(found, extra_keys=ExtraKeys.LORA_NAME)  # before 0.22, long before there were tags
         self.profile, self.verified = found, True
         return self._compare(found)
 
-    def _refine(self, root: RootBlock) -> list[Finding]:
+    def _search(self, root: RootBlock) -> HashProfile | None:
+        """Tries every known seed; roots that are no evidence must not use up the searches of those that are."""
+        if len(root.tokens) > SEARCH_TOKENS_MAX or self._searched[_is_evidence(root)] >= FULL_SEARCHES_MAX:
+            return None
+        self._searched[_is_evidence(root)] += 1
+        return discover(root, (), [self._expected.seed] if self._expected.seed else [])
+
+    def _refine(self, root: RootBlock, says_extra_keys: bool) -> list[Finding]:
         assert self.profile is not None
         if (refined := refine(self.profile, root)) is not None:
             self.profile, self._extras_proven = refined, True
-        return []
+            return []
+        if not (says_extra_keys and _is_evidence(root)):
+            return []
+        text = "its hashes of prompts with a salt, an adapter or media cannot be reproduced: lookups do not find them"
+        return self._once(Finding("extra-keys-not-reproducible", text))
 
     def _unproven(self, root: RootBlock, says_extra_keys: bool) -> list[Finding]:
+        if not _is_evidence(root):
+            return []
         self._roots_failed += 1
         configured = self._expected.profiles(len(root.tokens))
-        adapted = root.lora_id is not None or root.lora_name is not None
-        if adapted and (root.lora_path is None or root.lora_name is None):
-            return []  # its hash may hold a name or path that is not known: no evidence either way
-        if configured and not says_extra_keys and self._roots_failed < UNPROVEN_ROOTS_MAX:
+        waiting = not says_extra_keys and self._roots_failed < UNPROVEN_ROOTS_MAX
+        if configured and waiting:
             self.profile = configured[0]
             return []
         self._recompute(len(root.tokens), blind=not says_extra_keys)
-        if self._named_wrong or (not says_extra_keys and self._roots_failed < UNPROVEN_ROOTS_MAX):
+        if waiting:
             return []
-        self._named_wrong = True
-        return [Finding("hashes-not-reproducible", explain(configured[0], None) if configured else _UNKNOWABLE)]
+        return self._once(
+            Finding("hashes-not-reproducible", explain(configured[0], None) if configured else _UNKNOWABLE)
+        )
 
     def _compare(self, found: HashProfile) -> list[Finding]:
-        """Is what the engine does what the configuration says?"""
-        configured = self._expected.profiles(found.block_size)
-        wrong = configured and not any((c.algorithm, c.seed) == (found.algorithm, found.seed) for c in configured)
-        if wrong:
-            return [Finding("profile-differs", explain(configured[0], found))]
-        if self._expected.block_size not in {None, found.block_size}:
-            text = (
-                f"engine has blocks of {found.block_size} tokens, configured blockSize is {self._expected.block_size}: "
-                f"set blockSize: {found.block_size} (keys are made with the engine's)"
-            )
-            return [Finding("block-size-differs", text)]
-        return []
+        """Is what the engine does what the configuration says? What it leaves open cannot be wrong."""
+        expected = self._expected
+        configured = HashProfile(
+            expected.algorithm or found.algorithm,
+            found.seed if expected.seed is None else expected.seed,
+            expected.block_size or found.block_size,
+            found.extra_keys,
+        )
+        return [] if configured == found else [Finding("profile-differs", explain(configured, found))]
+
+    def _once(self, finding: Finding) -> list[Finding]:
+        if finding.code in self._told:
+            return []
+        self._told.add(finding.code)
+        return [finding]
 
     # -- while it is applied -------------------------------------------------------------------------------------------
 
@@ -262,13 +284,23 @@ class Naming:
 
     def begin_epoch(self) -> None:
         """The engine may have come back with other settings: its profile is to be proven again."""
-        self.verified = self._extras_proven = self._named_wrong = False
-        self._roots_failed = self.unnamed = 0
-        self.forget_names()
+        self.verified = self._extras_proven = False
+        self.block_size = None
+        self._roots_failed = 0
+        self._searched.clear()
+        self._told.clear()
 
-    def forget_names(self) -> None:
-        self._names.clear()
-        self._dropped.clear()
+    def learn_block_size(self, size: int) -> None:
+        """From a store that is no root: it proves nothing, but a profile yet to be proven has that size."""
+        self.block_size = size
+        if self.profile is not None and not self.verified and self.profile.block_size != size:
+            self.profile = replace(self.profile, block_size=size)
+
+    def forget_names(self) -> dict[int, Any]:
+        """Nothing of what was named is held any more. Returns what that leaves to be freed."""
+        names, self._names, self.unnamed = self._names, {}, 0
+        self._dropped = OrderedDict()
+        return names
 
     # -- recomputing ---------------------------------------------------------------------------------------------------
 
@@ -295,22 +327,36 @@ class Naming:
             untagged = extras[i] if extras and i < len(extras) else None
             extra = event_extra(profile.extra_keys, untagged, event.lora_id, adapter.name or None, None)
             state = block_state(profile, state, tokens[i * size : (i + 1) * size], extra)
-            if own not in self._names:
+            if own not in self._names and len(self._names) < NAMES_MAX:
                 self._names[own] = _Name(state, 0)
 
     def _back_to_own(self) -> list[tuple[int, int]]:
-        names: list[tuple[int, int]] = [
-            (key_of(name.state), own) for own, name in self._names.items() if name.copies > 0
-        ]
-        self.mode, self.blind_to_extras, self.unnamed = Mode.OWN, False, 0
+        """(our key, own hash) of all that is held.
+
+        What salted and unsalted requests share in our keys alone cannot be told apart any more: it stays where no
+        lookup finds it, and is counted.
+        """
+        held = [(key_of(name.state), own) for own, name in self._names.items() if name.copies > 0]
+        shared = Counter(key for key, _ in held)
+        self.mode, self.blind_to_extras = Mode.OWN, False
         self.forget_names()
-        return names
+        self.unnamed = sum(1 for key, _ in held if shared[key] > 1)
+        return [(key, own) for key, own in held if shared[key] == 1]
 
 
 _UNKNOWABLE = (
     "its block hashes cannot be reproduced (most likely PYTHONHASHSEED is not set on the engine, so that its seed is "
     "random): keys are recomputed from token ids; set PYTHONHASHSEED on all engines and hashSeed to the same"
 )
+
+
+def _adapted(root: RootBlock) -> bool:
+    return root.lora_id is not None or root.lora_name is not None
+
+
+def _is_evidence(root: RootBlock) -> bool:
+    """Whether all that may be in its hash is known: an adapter's name or path may be missing."""
+    return not _adapted(root) or (root.lora_name is not None and root.lora_path is not None)
 
 
 def _tells(event: BlockStored, rules: dict[int, GroupRule]) -> bool:

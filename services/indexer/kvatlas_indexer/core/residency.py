@@ -8,19 +8,22 @@ stored twice and removed twice, and a set would forget it too early.
 Slots are also the generations. A clear, a restart or a death *retires* the slots of an engine, which costs nothing
 whatever they hold: no reader asks for their bits any more, the next store gets a new slot, and a sweep takes the old
 bits out in the background before they are used again. A loss of messages sets slots *doubtful* the same way: their
-entries still count, but whatever is stored or removed from then on is settled, and in the end they are retired.
+entries still count until a store or a removal settles them, and in the end they are retired.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from kvatlas_common.matching import Holder
 from kvatlas_common.words import EngineId, Medium
 
-_PARTS = 1024  # the key space in parts, so that the sweep never holds up anyone for more than one of them
+_PARTS = 256  # the key space in parts, so that the sweep never holds up anyone for more than one of them
 _PART_MASK = _PARTS - 1
-DOUBTS_MAX = 4
+_SWEEP_KEYS_MAX = 32_768  # looked at in one step of the sweep, and parts are then begun no more
+_LOOKED_UP_AT_ONCE = 128
+DOUBTS_MAX = 16
 """Doubtful slots an (engine, group, medium) may have at once; beyond, the oldest, most doubtful one is retired."""
 
 
@@ -63,26 +66,27 @@ class Residency:
 
     def __init__(self) -> None:
         self._parts: list[dict[int, int]] = [{} for _ in range(_PARTS)]
-        self._places: dict[tuple[EngineId, int, Medium], Place] = {}
-        self._by_engine: dict[EngineId, list[tuple[int, Medium]]] = {}
+        self._engines: dict[EngineId, dict[tuple[int, Medium], Place]] = {}
         self._slots: list[Slot | None] = []
         self._free: list[int] = []
         self._retired: list[int] = []  # bits no reader asks for, still set in some entries
         self._sweeping: list[int] = []  # those of them this pass of the sweep takes out
         self._sweep_part = 0
+        self._buried: list[dict[int, Any]] = []  # what nobody needs any more, freed by the sweep bit by bit
         self.version = 0
         """Rises whenever the slots of any engine change: what was derived from `places` is then stale."""
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def store(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int]) -> None:
-        """One more copy of each block."""
+        """One more copy of each block. In doubt before, it is a first one: how many there were is not known."""
         place = self._place(engine, group, medium)
         if place.doubts:
             keys = list(keys)
             self._settle(place, keys)
         slot, parts = place.live, self._parts
         bit, new = slot.bit, 0
+        before = after = 0  # blocks in a row mostly have the same holders: they share one integer
         for key in keys:
             part = parts[key & _PART_MASK]
             holders = part.get(key)
@@ -90,7 +94,9 @@ class Residency:
                 part[key] = bit
                 new += 1
             elif not holders & bit:
-                part[key] = holders | bit
+                if holders != before:
+                    before, after = holders, holders | bit
+                part[key] = after
                 new += 1
             else:
                 slot.copies[key] = slot.copies.get(key, 1) + 1
@@ -98,26 +104,30 @@ class Residency:
 
     def hold(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int]) -> None:
         """The engine holds these blocks, whatever it said before: one copy, never more."""
-        held = self._place(engine, group, medium).live
-        self.store(engine, group, medium, [k for k in keys if not self._holders(k) & held.bit])
+        bit = self._place(engine, group, medium).live.bit
+        self.store(engine, group, medium, [k for k in dict.fromkeys(keys) if not self._holders(k) & bit])
 
     def remove(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int]) -> int:
         """One copy less of each block; returns how many were not there."""
-        place = self._places.get((engine, group, medium))
+        place = self._engines.get(engine, {}).get((group, medium))
         if place is None:
             return sum(1 for _ in keys)
-        missing, gone, slot = 0, 0, place.live
+        missing, gone, slot, parts = 0, 0, place.live, self._parts
+        bit, doubt_mask, counted = slot.bit, place.doubt_mask, slot.copies
         for key in keys:
-            holders = self._holders(key)
-            if holders & slot.bit:
-                copies = slot.copies.get(key, 1)
-                if copies > 1:
-                    self._set_copies(slot, key, copies - 1)
+            part = parts[key & _PART_MASK]
+            holders = part.get(key, 0)
+            if holders & bit:
+                if counted and key in counted:
+                    self._set_copies(slot, key, counted[key] - 1)
+                    continue
+                gone += 1
+                if holders == bit:
+                    del part[key]
                 else:
-                    self._put(key, holders & ~slot.bit)
-                    gone += 1
-            elif holders & place.doubt_mask:
-                self._settle(place, [key])
+                    part[key] = holders & ~bit
+            elif holders & doubt_mask:
+                self._remove_doubtful(place, key)
             else:
                 missing += 1
         slot.blocks -= gone
@@ -125,53 +135,52 @@ class Residency:
 
     def clear(self, engine: EngineId, media: Iterable[Medium] = tuple(Medium)) -> None:
         """Forget what an engine holds in these media, at once."""
-        wanted = frozenset(media)
-        for group, medium in list(self._by_engine.get(engine, ())):
-            if medium in wanted:
-                for slot in self._places.pop((engine, group, medium)).slots():
-                    self._retire(slot)
-                self._by_engine[engine].remove((group, medium))
-        if not self._by_engine.get(engine):
-            self._by_engine.pop(engine, None)
+        wanted, places = frozenset(media), self._engines.get(engine, {})
+        for at in [at for at in places if at[1] in wanted]:
+            for slot in places.pop(at).slots():
+                self._retire(slot)
+        if not places:
+            self._engines.pop(engine, None)
 
     def doubt(self, engine: EngineId, now: float, media: Iterable[Medium] = tuple(Medium)) -> None:
         """What an engine holds stays usable but doubtful, until a store confirms it or `expire_doubts` takes it."""
         wanted = frozenset(media)
-        for group, medium in self._by_engine.get(engine, ()):
-            place = self._places[engine, group, medium]
+        for (group, medium), place in self._engines.get(engine, {}).items():
             if medium not in wanted or not place.live.blocks:
                 continue
             place.live.doubtful_since = now
             place.doubts.append(place.live)
             place.live = self._new_slot(engine, group, medium)
-            while len(place.doubts) > DOUBTS_MAX:
-                self._retire(place.doubts.pop(0))
-            self._count_doubts(place)
+            self.keep_doubts(place, DOUBTS_MAX)
 
     def expire_doubts(self, before: float, engine: EngineId | None = None) -> None:
         """Forget doubtful entries that came into doubt before a time."""
-        for (owner, _, _), place in self._places.items():
-            if place.doubts and engine in {None, owner}:
-                for slot in [s for s in place.doubts if s.doubtful_since is not None and s.doubtful_since < before]:
-                    place.doubts.remove(slot)
-                    self._retire(slot)
-                self._count_doubts(place)
+        for owner in list(self._engines) if engine is None else [engine]:
+            for place in self._engines.get(owner, {}).values():
+                fresh = sum(1 for s in place.doubts if s.doubtful_since is not None and s.doubtful_since >= before)
+                if fresh < len(place.doubts):
+                    self.keep_doubts(place, fresh)
+
+    def keep_doubts(self, place: Place, count: int) -> None:
+        """Forget all doubtful generations of a place but the latest `count`."""
+        dropped = max(0, len(place.doubts) - count)
+        for slot in place.doubts[:dropped]:
+            self._retire(slot)
+        del place.doubts[:dropped]
+        place.doubt_mask = sum(slot.bit for slot in place.doubts)
+        self.version += 1
 
     def rename(self, engine: EngineId, names: Sequence[tuple[int, int]]) -> None:
         """(old key, new key) pairs: what the engine holds under the old key, it holds under the new one."""
-        for group, medium in list(self._by_engine.get(engine, ())):
-            for slot in self._places[engine, group, medium].slots():
+        for place in self._engines.get(engine, {}).values():
+            for slot in place.slots():
                 for old, new in names:
-                    holders = self._holders(old)
-                    if not holders & slot.bit:
-                        continue
-                    copies = slot.copies.pop(old, 1)
-                    self._put(old, holders & ~slot.bit)
-                    into = self._holders(new)
-                    total = copies + (slot.copies.get(new, 1) if into & slot.bit else 0)
-                    slot.blocks -= 1 if into & slot.bit else 0
-                    self._put(new, into | slot.bit)
-                    self._set_copies(slot, new, total)
+                    self._rename(slot, old, new)
+
+    def bury(self, unneeded: dict[int, Any]) -> None:
+        """Leave it to the sweep to free a map of any size: freeing it at once would stall everything else."""
+        if unneeded:
+            self._buried.append(unneeded)
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -180,8 +189,26 @@ class Residency:
         parts = self._parts
         return [parts[key & _PART_MASK].get(key, 0) for key in keys]
 
+    def leading_masks(self, keys: Sequence[int]) -> list[int]:
+        """The same, up to the first block that nobody holds: most prompts are new from some block on."""
+        masks: list[int] = []
+        for start in range(0, len(keys), _LOOKED_UP_AT_ONCE):
+            found = self.masks(keys[start : start + _LOOKED_UP_AT_ONCE])
+            if 0 in found:
+                return masks + found[: found.index(0)]
+            masks += found
+        return masks
+
     def places(self, engine: EngineId) -> dict[tuple[int, Medium], Place]:
-        return {at: self._places[engine, *at] for at in self._by_engine.get(engine, ())}
+        """By (group, medium)."""
+        return dict(self._engines.get(engine, {}))
+
+    def place(self, engine: EngineId, group: int, medium: Medium) -> Place | None:
+        return self._engines.get(engine, {}).get((group, medium))
+
+    def in_doubt(self, engine: EngineId) -> bool:
+        """Whether any of what an engine holds is doubtful."""
+        return any(place.doubts for place in self._engines.get(engine, {}).values())
 
     def holders(self, key: int) -> list[Holder]:
         mask, found = self._holders(key), []
@@ -198,13 +225,13 @@ class Residency:
     def blocks(self, engine: EngineId) -> dict[Medium, int]:
         """Distinct blocks held per medium, doubtful ones included, over all groups."""
         counts: dict[Medium, int] = {}
-        for (_, medium), place in self.places(engine).items():
+        for (_, medium), place in self._engines.get(engine, {}).items():
             counts[medium] = counts.get(medium, 0) + sum(slot.blocks for slot in place.slots())
         return counts
 
     def table(self, engine: EngineId) -> dict[tuple[int, Medium, int], int]:
         """(group, medium, key) -> copies: all an engine holds. For checkers: it walks the whole index."""
-        slots = [s for place in self.places(engine).values() for s in place.slots()]
+        slots = [s for place in self._engines.get(engine, {}).values() for s in place.slots()]
         return {
             (s.group, s.medium, key): s.copies.get(key, 1)
             for part in self._parts
@@ -226,22 +253,36 @@ class Residency:
 
     def sweep(self, parts: int = 16) -> bool:
         """Takes retired bits out of the next parts of the key space; False when there is nothing to do."""
+        busy = self._free_buried()
         if not self._sweeping:
             if not self._retired:
-                return False
+                return busy
             self._sweeping, self._retired, self._sweep_part = self._retired, [], 0
         dead = sum(1 << index for index in self._sweeping)
-        for part in self._parts[self._sweep_part : self._sweep_part + parts]:
+        looked_at, end = 0, min(self._sweep_part + parts, _PARTS)
+        while self._sweep_part < end and looked_at < _SWEEP_KEYS_MAX:
+            part = self._parts[self._sweep_part]
+            looked_at += len(part)
             for key in [key for key, holders in part.items() if holders & dead]:
                 left = part[key] & ~dead
                 if left:
                     part[key] = left
                 else:
                     del part[key]
-        self._sweep_part += parts
-        if self._sweep_part >= _PARTS:
+            self._sweep_part += 1
+        if self._sweep_part == _PARTS:
             self._free += self._sweeping
             self._sweeping = []
+        return True
+
+    def _free_buried(self) -> bool:
+        if not self._buried:
+            return False
+        unneeded = self._buried[-1]
+        for _ in range(min(len(unneeded), _SWEEP_KEYS_MAX)):
+            unneeded.popitem()
+        if not unneeded:
+            self._buried.pop()
         return True
 
     # -- within --------------------------------------------------------------------------------------------------------
@@ -275,11 +316,38 @@ class Residency:
                     slot.copies.pop(key, None)
             self._put(key, holders & ~place.doubt_mask)
 
+    def _remove_doubtful(self, place: Place, key: int) -> None:
+        """One copy less of a doubtful block: as long as there may be another, it stays doubtful."""
+        holders = self._holders(key)
+        for slot in place.doubts:
+            if holders & slot.bit:
+                copies = slot.copies.get(key, 1)
+                self._set_copies(slot, key, copies - 1)
+                if copies == 1:
+                    slot.blocks -= 1
+                    self._put(key, holders & ~slot.bit)
+                return
+
+    def _rename(self, slot: Slot, old: int, new: int) -> None:
+        holders = self._holders(old)
+        if old == new or not holders & slot.bit:
+            return
+        copies = slot.copies.pop(old, 1)
+        self._put(old, holders & ~slot.bit)
+        into = self._holders(new)
+        if into & slot.bit:
+            copies += slot.copies.get(new, 1)
+            slot.blocks -= 1
+        self._put(new, into | slot.bit)
+        self._set_copies(slot, new, copies)
+
     def _place(self, engine: EngineId, group: int, medium: Medium) -> Place:
-        place = self._places.get((engine, group, medium))
+        places = self._engines.get(engine)
+        if places is None:
+            places = self._engines[engine] = {}
+        place = places.get((group, medium))
         if place is None:
-            place = self._places[engine, group, medium] = Place(self._new_slot(engine, group, medium))
-            self._by_engine.setdefault(engine, []).append((group, medium))
+            place = places[group, medium] = Place(self._new_slot(engine, group, medium))
         return place
 
     def _new_slot(self, engine: EngineId, group: int, medium: Medium) -> Slot:
@@ -295,8 +363,5 @@ class Residency:
     def _retire(self, slot: Slot) -> None:
         self._slots[slot.index] = None
         self._retired.append(slot.index)
-        self.version += 1
-
-    def _count_doubts(self, place: Place) -> None:
-        place.doubt_mask = sum(slot.bit for slot in place.doubts)
+        self.bury(slot.copies)
         self.version += 1

@@ -9,16 +9,21 @@ and what follows:
 | one not above the last, later `ts`, other bytes       | a restart   | new epoch: everything known is forgotten    |
 | one not above the last, otherwise                     | a duplicate | dropped                                     |
 | one above the next                                    | a gap       | held back; replay from the last (inclusive) |
-| replay answers other bytes for the last               | a restart   | new epoch; replay from 0                    |
-| replay from the last is complete                      | gap closed  | still exact                                 |
+| a replay answers other bytes for what was applied     | a restart   | new epoch; replay from 0                    |
+| a replay begins with the last and is complete         | gap closed  | still exact                                 |
 | no replay, refused, cut short, or it begins too late  | a loss      | *inexact*: earlier entries become doubtful  |
 | an event that cannot be read                          | a loss      | the same                                    |
 | `process_start_time_seconds` later than the epoch     | a restart   | new epoch; replay from 0                    |
 | the first message heard is not 0                      | joined late | replay from 0; failing that, inexact        |
+| the engine is back after being out of reach           | perhaps a   | replay from the last; failing that, inexact |
+|                                                       | loss        | until the next message is the next in order |
 | everything cleared                                    |             | exact, whatever was lost before             |
 
 A stream that lost something tries now and then to replay from 0: if the engine still has everything, the index is built
 again beside the doubtful entries, which are then dropped, and the engine is exact without having been forgotten.
+
+Whatever is replayed in continuation of what was applied begins with the last applied message once more: only its bytes
+tell that the engine which answers is the engine that was heard.
 
 The caller performs the effects in order. Time is an argument; nothing here does I/O.
 Source: vLLM 0.32 `distributed/kv_events.py` (`ZmqEventPublisher`).
@@ -28,25 +33,28 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from enum import Enum, StrEnum
-from typing import TypeAlias
+from enum import Enum
 
-from kvatlas_common.events.types import AllBlocksCleared, EventBatch
+from kvatlas_common.events.types import AllBlocksCleared
 from kvatlas_common.fleet import Sync
+from kvatlas_indexer.core.effects import (
+    Apply,
+    BeginEpoch,
+    BuildAgain,
+    CancelReplay,
+    Doubt,
+    DropDoubtful,
+    Duplicate,
+    Effect,
+    Message,
+    ReplayEnd,
+    RequestReplay,
+)
 
+__all__ = ["Limits", "Message", "ReplayEnd", "Stream"]
 
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One decoded message of an engine. `digest` tells its bytes from others; `size` in bytes."""
-
-    seq: int
-    digest: int
-    size: int
-    batch: EventBatch
-
-    @property
-    def ts(self) -> float:
-        return self.batch.ts
+CLOCK_SLACK_S = 1.0
+"""`process_start_time_seconds` is rounded to the kernel's ticks, and derived from a boot time that is rounded too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,60 +69,6 @@ class Limits:
     digests_kept: int = 1024  # of the latest applied messages, to tell a duplicate from a restart
 
 
-# -- effects -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Apply:
-    message: Message
-
-
-@dataclass(frozen=True, slots=True)
-class BeginEpoch:
-    """The engine's cache began anew: forget everything it held."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Doubt:
-    """Messages were lost: what is known so far stays usable but is doubtful."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class DropDoubtful:
-    """Everything still held has been confirmed since: forget what has not."""
-
-
-@dataclass(frozen=True, slots=True)
-class RequestReplay:
-    first_seq: int
-    delay_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class CancelReplay:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicate:
-    seq: int
-
-
-Effect: TypeAlias = Apply | BeginEpoch | Doubt | DropDoubtful | RequestReplay | CancelReplay | Duplicate
-
-
-class ReplayEnd(StrEnum):
-    """How a replay ended."""
-
-    COMPLETE = "complete"  # the end marker was seen
-    REFUSED = "refused"  # nobody answered
-    TRUNCATED = "truncated"  # it stopped before the end marker
-
-
 class _Mode(Enum):
     LIVE = "live"  # applying messages as they come
     FILL = "fill"  # replaying from the last applied message; live ones are held back
@@ -127,50 +81,62 @@ class Stream:
 
     def __init__(self, *, can_replay: bool, limits: Limits | None = None) -> None:
         self.can_replay = can_replay
-        self.last: int | None = None
+        self.last: int | None = None  # the last message applied in this epoch
         self._limits = limits or Limits()
         self._mode = _Mode.LIVE
         self._whole = False  # everything since the epoch began (or the last clear) has been applied
         self._loss = ""
+        self._unsure = ""  # why messages may have been lost without another one to show it
         self._heard = False
         self._last_ts = 0.0
         self._epoch_ts: float | None = None
         self._process_start: float | None = None
         self._digests: OrderedDict[int, int] = OrderedDict()
         self._held: list[Message] = []
+        self._held_top: Message | None = None  # the highest of them
         self._held_bytes = 0
         self._attempts = 0
         self._progress_at = 0.0
-        self._replayed = False  # this replay has brought a message
+        self._answered = False  # the replay asked for last has brought a message
+        self._from_zero = False  # a replay from 0 began at 0, and what it brings is being applied
         self._last_before: int | None = None  # the last applied message when the replay began
-        self._rebuild_at: float | None = None
-        self._rebuilds = 0
+        self._retry_at: float | None = None
+        self._retries = 0
+        self._attached = False
 
     # -- what the caller may ask ---------------------------------------------------------------------------------------
 
     @property
     def sync(self) -> Sync:
-        if self._whole and self._mode is _Mode.LIVE:
-            return Sync.EXACT
         if self._mode is not _Mode.LIVE:
             return Sync.SYNCING
+        if self._whole and not self._unsure:
+            return Sync.EXACT
         return Sync.INEXACT if self._heard else Sync.UNKNOWN
 
     @property
     def inexact_reason(self) -> str:
-        return "" if self.sync is not Sync.INEXACT else self._loss
+        return "" if self.sync is not Sync.INEXACT else self._loss or self._unsure
 
     @property
     def held_back(self) -> int:
         return len(self._held)
 
+    @property
+    def replaying(self) -> bool:
+        return self._mode is not _Mode.LIVE
+
     # -- what happens to it --------------------------------------------------------------------------------------------
 
     def on_attached(self, now: float) -> list[Effect]:
-        """The engine is known and can be asked what it published before: an idle engine becomes exact that way."""
-        if self._heard or self._mode is not _Mode.LIVE or not self.can_replay:
+        """The engine is known; if it can be asked what it published before, even an idle one becomes exact."""
+        if not self.can_replay:
+            self._attached = False
             return []
-        return self._start(_Mode.JOIN, now)
+        if self._attached or self._whole or self._mode is not _Mode.LIVE:
+            return []
+        self._attached = True
+        return self._start(_Mode.JOIN if self.last is None else _Mode.REBUILD, now)
 
     def on_message(self, message: Message, now: float) -> list[Effect]:
         """A live message."""
@@ -194,14 +160,20 @@ class Stream:
         if self._mode is _Mode.LIVE:
             return [Duplicate(message.seq)]
         self._heard, self._progress_at = True, now
-        first, self._replayed = not self._replayed, True
-        if self._mode is _Mode.FILL:
-            return self._fill(message, first, now)
-        if first and message.seq > 0:
-            return self._begins_late(message, now)
+        first, self._answered = not self._answered, True
+        if self._has_other_bytes(message):
+            return self._replayed_by_another(message, now)
+        if first and self._begins_anew:
+            return self._replay_from_zero(message, now)
+        assert self.last is not None
+        if message.seq <= self.last:
+            return [] if first else [Duplicate(message.seq)]
         if first:
-            return [*self._from_zero(), *self._apply(message)]
-        return self._next_replayed(message, now)
+            return [self._lose(f"replay reaches back to message {message.seq} only", now), *self._apply(message)]
+        if message.seq > self.last + 1:
+            lost = f"messages {self.last + 1}..{message.seq - 1} lost, and no longer replayed"
+            return [self._lose(lost, now), *self._apply(message)]
+        return self._apply(message)
 
     def on_replay_end(self, end: ReplayEnd, now: float) -> list[Effect]:
         """The replay under way has ended; held-back messages follow, or it is tried again."""
@@ -210,36 +182,49 @@ class Stream:
         if end is not ReplayEnd.COMPLETE:
             return self._failed(f"replay was {end}", now)
         effects: list[Effect] = []
-        mode, self._mode = self._mode, _Mode.LIVE
-        if mode is _Mode.JOIN and not self._replayed and not self._held:
+        mode, self._mode, self._attempts = self._mode, _Mode.LIVE, 0
+        self._unsure = ""
+        if self._answered:
+            if mode is _Mode.REBUILD and self._whole:
+                self._retries = max(0, self._retries - 1)
+                effects.append(DropDoubtful())
+        elif self.last is not None:
+            effects.append(self._lose(f"the engine no longer knows message {self.last}", now))
+        elif not self._held:
             self._whole, self._loss = True, ""  # it has published nothing yet: known to be empty
-        if mode is _Mode.REBUILD and self._replayed:
-            effects.append(DropDoubtful())
-        self._attempts = 0
         return effects + self._release(now, "" if self.last != self._last_before else "replay brought nothing new")
 
     def on_unusable(self, reason: str, now: float) -> list[Effect]:
-        """An event of an applied message could not be used, and it may have changed the cache."""
-        if not self._whole:
-            return []
-        return [self._lose(reason, now)]
+        """An event of an applied message could not be used, and it may have changed the cache.
+
+        A replay would bring the same bytes again, so none is planned.
+        """
+        self._whole, self._loss = False, reason
+        return [Doubt(reason)]
 
     def on_returned(self, now: float) -> list[Effect]:
         """The engine was out of reach and is back: messages may have been lost without another one to show it."""
-        if self._mode is not _Mode.LIVE or not self.can_replay:
+        if self._mode is not _Mode.LIVE:
             return []
-        return self._start(_Mode.JOIN if self.last is None else _Mode.FILL, now)
+        if self.can_replay:
+            return self._start(_Mode.JOIN if self.last is None else _Mode.FILL, now)
+        if self.last is not None:
+            self._unsure = "it was out of reach, and there is no replay endpoint to ask what it published meanwhile"
+        return []
 
     def on_process_start(self, start_s: float, now: float) -> list[Effect]:
         """The engine's own `process_start_time_seconds`. Changed, and later than this epoch: it has restarted."""
-        known, self._process_start = self._process_start, start_s
-        if known is None or start_s <= known + 1.0 or not self._heard:
+        known = self._process_start
+        if known is not None and start_s <= known + CLOCK_SLACK_S:
             return []
-        if self._epoch_ts is not None and self._epoch_ts >= start_s - 1.0:
-            return []  # the stream has shown it already
-        effects: list[Effect] = [*self._cancel(), self._begin_epoch("its process has restarted")]
-        held = [m for m in self._held if m.ts >= start_s - 1.0]
-        self._drop_held()
+        self._process_start, began = start_s, start_s - CLOCK_SLACK_S
+        if known is None or (self._epoch_ts is not None and self._epoch_ts >= began):
+            return []  # nothing to compare with, or the stream has shown it already
+        effects: list[Effect] = [*self._cancel()]
+        if self.last is not None or self._whole:
+            effects.append(self._begin_epoch("its process has restarted"))
+        held = [m for m in self._held if m.ts >= began]
+        self._hold_only([])
         for message in held:
             effects += self.on_message(message, now)
         if not held and self.can_replay:
@@ -252,18 +237,19 @@ class Stream:
             if now - self._progress_at < self._limits.replay_stall_s:
                 return []
             return [CancelReplay(), *self._failed("replay stalled", now)]
-        if self._rebuild_at is not None and now >= self._rebuild_at and self.can_replay:
-            self._rebuild_at = None
-            return self._start(_Mode.REBUILD, now)
-        return []
+        if self._retry_at is None or now < self._retry_at or not self.can_replay:
+            return []
+        self._retry_at = None
+        if self.last is None:
+            return self._start(_Mode.JOIN, now)
+        return self._start(_Mode.FILL if self._whole else _Mode.REBUILD, now)
 
     # -- the rules -----------------------------------------------------------------------------------------------------
 
     def _is_restart(self, message: Message) -> bool:
-        if self._held:
-            newest = self._held[-1]
-            if message.seq <= newest.seq and message.ts > newest.ts and message.digest != newest.digest:
-                return True
+        top = self._held_top
+        if top is not None and message.seq <= top.seq and message.ts > top.ts:
+            return True
         return (
             self.last is not None
             and message.seq <= self.last
@@ -273,7 +259,7 @@ class Stream:
 
     def _restart(self, message: Message, reason: str, now: float) -> list[Effect]:
         effects: list[Effect] = [*self._cancel(), self._begin_epoch(reason)]
-        self._drop_held()
+        self._hold_only([])
         return effects + self._first(message, now)
 
     def _first(self, message: Message, now: float) -> list[Effect]:
@@ -287,121 +273,124 @@ class Stream:
         return self._apply(message)
 
     def _apply(self, message: Message) -> list[Effect]:
-        self.last, self._last_ts = message.seq, message.ts
-        if self._epoch_ts is None:
+        self.last, self._last_ts, self._unsure = message.seq, max(self._last_ts, message.ts), ""
+        if self._epoch_ts is None and message.ts > 0:
             self._epoch_ts = message.ts
         self._digests[message.seq] = message.digest
         if len(self._digests) > self._limits.digests_kept:
             self._digests.popitem(last=False)
-        if any(isinstance(event, AllBlocksCleared) for event in message.batch.events):
-            self._whole, self._loss, self._rebuild_at = True, "", None
+        if any(type(event) is AllBlocksCleared for event in message.batch.events):
+            self._whole, self._loss, self._retry_at = True, "", None
         return [Apply(message)]
 
-    def _fill(self, message: Message, first: bool, now: float) -> list[Effect]:
-        assert self.last is not None
-        if first and message.seq == self.last:
-            if message.digest == self._digests.get(self.last):
-                return []
-            effects: list[Effect] = [CancelReplay(), self._begin_epoch("replay of the last message has other bytes")]
-            return effects + self._start(_Mode.JOIN, now)
-        return self._next_replayed(message, now)
+    def _has_other_bytes(self, message: Message) -> bool:
+        return self._digests.get(message.seq, message.digest) != message.digest
 
-    def _next_replayed(self, message: Message, now: float) -> list[Effect]:
-        if self.last is not None and message.seq <= self.last:
-            return [Duplicate(message.seq)]
-        expected = 0 if self.last is None else self.last + 1
-        lost: list[Effect] = []
-        if message.seq > expected:
-            lost = [self._lose(f"messages {expected}..{message.seq - 1} lost, and no longer replayed", now)]
-        return lost + self._apply(message)
+    def _replayed_by_another(self, message: Message, now: float) -> list[Effect]:
+        """Another life of the engine answers. What was held back from before it is of no use any more."""
+        effects: list[Effect] = [
+            CancelReplay(),
+            self._begin_epoch(f"replay of message {message.seq} has other bytes"),
+        ]
+        self._hold_only([m for m in self._held if m.ts >= message.ts])
+        return effects + self._start(_Mode.JOIN, now)
 
-    def _begins_late(self, message: Message, now: float) -> list[Effect]:
-        """A replay from 0 that begins later: the engine no longer has its first messages."""
-        reason = f"joined late: replay reaches back to message {message.seq} only"
-        if self._mode is _Mode.REBUILD:  # not worth it: nothing would become exact, now or later
-            self._rebuild_at, self._mode = None, _Mode.LIVE
-            return [CancelReplay(), *self._release(now)]
-        self._whole, self._loss = False, reason
-        return self._apply(message)
-
-    def _from_zero(self) -> list[Effect]:
-        """A replay from 0 has begun at 0: everything will be known once it is through."""
-        effects: list[Effect] = [Doubt("building again from message 0")] if self._mode is _Mode.REBUILD else []
-        self.last, self._epoch_ts, self._whole, self._loss = None, None, True, ""
+    def _replay_from_zero(self, message: Message, now: float) -> list[Effect]:
+        """The first message of a replay from 0. If it is not 0, the engine no longer has its first messages."""
+        effects: list[Effect] = []
+        if message.seq > 0 and self._mode is _Mode.REBUILD:  # nothing would become exact, now or later
+            return [*self._cancel(), *self._release(now)]
+        if message.seq > 0:
+            self._whole, self._loss = False, f"joined late: replay reaches back to message {message.seq} only"
+            return self._apply(message)
+        if self._mode is _Mode.REBUILD:
+            effects.append(BuildAgain())
+        self.last, self._epoch_ts, self._whole, self._loss, self._from_zero = None, None, True, "", True
         self._digests.clear()
-        return effects
+        return effects + self._apply(message)
 
     def _failed(self, why: str, now: float) -> list[Effect]:
         self._attempts += 1
         if self._attempts < self._limits.replay_attempts:
-            if self._mode is _Mode.FILL:
-                self._replayed = False
+            self._answered = False
             delay = self._limits.replay_retry_s * 2 ** (self._attempts - 1)
             self._progress_at = now + delay
             return [RequestReplay(self._first_wanted(), delay)]
-        mode, self._mode, self._attempts = self._mode, _Mode.LIVE, 0
+        return self._give_up(why, now)
+
+    def _give_up(self, why: str, now: float) -> list[Effect]:
+        """The replay under way has failed for good: what it did not bring is lost."""
         effects: list[Effect] = []
-        if mode is not _Mode.FILL and self._replayed:
+        mode, from_zero = self._mode, self._from_zero
+        self._cancel()
+        if from_zero:
             effects.append(self._lose(f"{why}: what the engine stored after message {self.last} is not known", now))
-        else:
-            self._schedule_rebuild(now)
+        elif mode is _Mode.FILL and not self._held:
+            self._unsure = f"it was out of reach, and what it published meanwhile cannot be asked for: {why}"
+        self._schedule_retry(now)
         return effects + self._release(now, why)
 
     def _lose(self, reason: str, now: float) -> Effect:
         self._whole, self._loss = False, reason
-        self._schedule_rebuild(now)
+        self._schedule_retry(now)
         return Doubt(reason)
 
-    def _schedule_rebuild(self, now: float) -> None:
-        if self.can_replay and self._rebuild_at is None:
-            delay = self._limits.rebuild_interval_s * 2.0**self._rebuilds
-            self._rebuild_at = now + min(delay, self._limits.rebuild_interval_max_s)
-            self._rebuilds = min(self._rebuilds + 1, 16)
+    def _schedule_retry(self, now: float) -> None:
+        if self.can_replay and self._retry_at is None:
+            delay = self._limits.rebuild_interval_s * 2.0**self._retries
+            self._retry_at = now + min(delay, self._limits.rebuild_interval_max_s)
+            self._retries = min(self._retries + 1, 16)
 
     def _begin_epoch(self, reason: str) -> BeginEpoch:
         self.last, self._epoch_ts, self._whole, self._loss = None, None, False, reason
+        self._last_ts, self._unsure, self._from_zero = 0.0, "", False
         self._digests.clear()
-        self._rebuild_at, self._rebuilds = None, 0
+        self._retry_at, self._retries = None, 0
         return BeginEpoch(reason)
 
     # -- replay and what is held back ----------------------------------------------------------------------------------
 
     def _start(self, mode: _Mode, now: float) -> list[Effect]:
-        self._mode, self._progress_at, self._replayed, self._last_before = mode, now, False, self.last
+        self._mode, self._progress_at, self._last_before = mode, now, self.last
+        self._answered = self._from_zero = False
         return [RequestReplay(self._first_wanted())]
 
+    @property
+    def _begins_anew(self) -> bool:
+        return self.last is None or (self._mode is _Mode.REBUILD and not self._from_zero)
+
     def _first_wanted(self) -> int:
-        """A gap is replayed from the last applied message, inclusive: its bytes tell whether the engine is the same."""
-        if self._mode is _Mode.FILL:
-            return self.last or 0
-        return 0 if self.last is None or self._mode is _Mode.REBUILD else self.last + 1
+        return 0 if self.last is None or self._begins_anew else self.last
 
     def _cancel(self) -> list[Effect]:
         busy, self._mode, self._attempts = self._mode is not _Mode.LIVE, _Mode.LIVE, 0
+        self._from_zero = False
         return [CancelReplay()] if busy else []
 
     def _hold(self, message: Message, now: float) -> list[Effect]:
         self._held.append(message)
         self._held_bytes += message.size
+        if self._held_top is None or message.seq > self._held_top.seq:
+            self._held_top = message
         if len(self._held) <= self._limits.held_back_max and self._held_bytes <= self._limits.held_back_bytes_max:
             return []
-        effects: list[Effect] = list(self._cancel())
-        return effects + self._release(now, "more messages were held back than fit")
+        return [CancelReplay(), *self._give_up("more messages were held back than fit", now)]
 
-    def _drop_held(self) -> None:
-        self._held, self._held_bytes = [], 0
+    def _hold_only(self, messages: list[Message]) -> None:
+        self._held, self._held_bytes = messages, sum(m.size for m in messages)
+        self._held_top = max(messages, key=lambda m: m.seq, default=None)
 
     def _release(self, now: float, why: str = "") -> list[Effect]:
         """Applies what was held back. What is still missing is asked for again, unless `why` says that was given up."""
         held, effects = sorted(self._held, key=lambda m: m.seq), list[Effect]()
-        self._drop_held()
+        self._hold_only([])
         for message in held:
             missing = self.last is not None and message.seq > self.last + 1
             if self._mode is _Mode.LIVE and why and missing:
                 effects.append(self._lose(f"messages {(self.last or 0) + 1}..{message.seq - 1} lost: {why}", now))
                 effects += self._apply(message)
             elif self._mode is _Mode.LIVE and why and self.last is None and message.seq > 0:
-                self._whole, self._loss = False, self._loss or f"joined at message {message.seq}: {why}"
+                self._whole, self._loss = False, f"joined at message {message.seq}: {why}"
                 effects += self._apply(message)
             else:
                 effects += self.on_message(message, now)
