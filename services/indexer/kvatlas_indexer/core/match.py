@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
-from kvatlas_indexer.core.residency import Place
+from kvatlas_indexer.core.slots import Place
 
 
 class Kind(Enum):

@@ -13,11 +13,12 @@ entries still count until a store or a removal settles them, and in the end they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvatlas_common.matching import Holder
 from kvatlas_common.words import EngineId, Medium
+from kvatlas_indexer.core.slots import Journal, Place, Slot
 
 _PARTS = 256  # the key space in parts, so that the sweep never holds up anyone for more than one of them
 _PART_MASK = _PARTS - 1
@@ -25,40 +26,6 @@ _SWEEP_KEYS_MAX = 32_768  # looked at in one step of the sweep, and parts are th
 _LOOKED_UP_AT_ONCE = 128
 DOUBTS_MAX = 16
 """Doubtful slots an (engine, group, medium) may have at once; beyond, the oldest, most doubtful one is retired."""
-
-
-class Slot:
-    """One bit of residency: what one (engine, group, medium) has stored in one generation."""
-
-    __slots__ = ("bit", "blocks", "copies", "doubtful_since", "engine", "group", "index", "medium")
-
-    def __init__(self, index: int, engine: EngineId, group: int, medium: Medium) -> None:
-        self.index = index
-        self.bit = 1 << index
-        self.engine = engine
-        self.group = group
-        self.medium = medium
-        self.doubtful_since: float | None = None
-        self.blocks = 0  # keys that have this bit
-        self.copies: dict[int, int] = {}  # key -> copies, where there is more than one
-
-
-class Place:
-    """An (engine, group, medium): the slot that is written, and the doubtful ones before it, oldest first."""
-
-    __slots__ = ("doubt_mask", "doubts", "live")
-
-    def __init__(self, live: Slot) -> None:
-        self.live = live
-        self.doubts: list[Slot] = []
-        self.doubt_mask = 0
-
-    @property
-    def mask(self) -> int:
-        return self.live.bit | self.doubt_mask
-
-    def slots(self) -> list[Slot]:
-        return [*self.doubts, self.live]
 
 
 class Residency:
@@ -73,6 +40,7 @@ class Residency:
         self._sweeping: list[int] = []  # those of them this pass of the sweep takes out
         self._sweep_part = 0
         self._buried: list[dict[int, Any]] = []  # what nobody needs any more, freed by the sweep bit by bit
+        self.journal: Journal | None = None
         self.version = 0
         """Rises whenever the slots of any engine change: what was derived from `places` is then stale."""
 
@@ -80,9 +48,8 @@ class Residency:
 
     def store(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int]) -> None:
         """One more copy of each block. In doubt before, it is a first one: how many there were is not known."""
-        place = self._place(engine, group, medium)
+        place, keys = self._place(engine, group, medium), list(keys)
         if place.doubts:
-            keys = list(keys)
             self._settle(place, keys)
         slot, parts = place.live, self._parts
         bit, new = slot.bit, 0
@@ -101,6 +68,8 @@ class Residency:
             else:
                 slot.copies[key] = slot.copies.get(key, 1) + 1
         slot.blocks += new
+        if self.journal is not None:
+            self.journal.touch(slot, keys)
 
     def hold(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int]) -> None:
         """The engine holds these blocks, whatever it said before: one copy, never more."""
@@ -109,9 +78,9 @@ class Residency:
 
     def remove(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int]) -> int:
         """One copy less of each block; returns how many were not there."""
-        place = self._engines.get(engine, {}).get((group, medium))
+        place, keys = self._engines.get(engine, {}).get((group, medium)), list(keys)
         if place is None:
-            return sum(1 for _ in keys)
+            return len(keys)
         missing, gone, slot, parts = 0, 0, place.live, self._parts
         bit, doubt_mask, counted = slot.bit, place.doubt_mask, slot.copies
         for key in keys:
@@ -131,6 +100,8 @@ class Residency:
             else:
                 missing += 1
         slot.blocks -= gone
+        if self.journal is not None:
+            self.journal.touch(slot, keys)
         return missing
 
     def clear(self, engine: EngineId, media: Iterable[Medium] = tuple(Medium)) -> None:
@@ -244,6 +215,51 @@ class Residency:
         """Keys, including those only retired slots still hold."""
         return sum(map(len, self._parts))
 
+    # -- for a copy elsewhere ------------------------------------------------------------------------------------------
+
+    def slots(self, engine: EngineId) -> list[Slot]:
+        return [slot for place in self._engines.get(engine, {}).values() for slot in place.slots()]
+
+    def is_live(self, slot: Slot) -> bool:
+        return self._slots[slot.index] is slot
+
+    def copies(self, slot: Slot, keys: Iterable[int]) -> list[int]:
+        """Of each block in one slot; 0 where it holds none."""
+        parts, bit, counted = self._parts, slot.bit, slot.copies
+        return [counted.get(key, 1) if parts[key & _PART_MASK].get(key, 0) & bit else 0 for key in keys]
+
+    def keys_of(self, slots: Sequence[Slot]) -> dict[Slot, list[int]]:
+        """The blocks of each slot, in one walk over the whole index."""
+        found: dict[Slot, list[int]] = {slot: [] for slot in slots}
+        bits = [(slot.bit, found[slot]) for slot in slots]
+        any_of_them = sum(slot.bit for slot in slots)
+        for part in self._parts:
+            for key, holders in part.items():
+                if holders & any_of_them:
+                    for bit, keys in bits:
+                        if holders & bit:
+                            keys.append(key)
+        return found
+
+    def restore(
+        self, engine: EngineId, at: tuple[int, Medium], copies: Mapping[int, int], *, number: int, since: float | None
+    ) -> None:
+        """Takes over a slot at (group, medium), oldest first; `since`: when it came into doubt, None: it is written."""
+        group, medium = at
+        slot = self._new_slot(engine, group, medium)
+        slot.number, slot.doubtful_since = number, since
+        place = self._engines.setdefault(engine, {}).get((group, medium))
+        if place is None:
+            place = self._engines[engine][group, medium] = Place(slot)
+        else:
+            place.doubts.append(place.live)
+            place.live = slot
+            place.doubt_mask = sum(doubtful.bit for doubtful in place.doubts)
+        for key, count in copies.items():
+            self._put(key, self._holders(key) | slot.bit)
+            self._set_copies(slot, key, count)
+        slot.blocks = len(copies)
+
     # -- the sweep -----------------------------------------------------------------------------------------------------
 
     @property
@@ -314,6 +330,7 @@ class Residency:
                 if holders & slot.bit:
                     slot.blocks -= 1
                     slot.copies.pop(key, None)
+                    self._touch(slot, key)
             self._put(key, holders & ~place.doubt_mask)
 
     def _remove_doubtful(self, place: Place, key: int) -> None:
@@ -326,6 +343,7 @@ class Residency:
                 if copies == 1:
                     slot.blocks -= 1
                     self._put(key, holders & ~slot.bit)
+                self._touch(slot, key)
                 return
 
     def _rename(self, slot: Slot, old: int, new: int) -> None:
@@ -340,6 +358,11 @@ class Residency:
             slot.blocks -= 1
         self._put(new, into | slot.bit)
         self._set_copies(slot, new, copies)
+        self._touch(slot, old, new)
+
+    def _touch(self, slot: Slot, *keys: int) -> None:
+        if self.journal is not None:
+            self.journal.touch(slot, keys)
 
     def _place(self, engine: EngineId, group: int, medium: Medium) -> Place:
         places = self._engines.get(engine)
@@ -365,3 +388,5 @@ class Residency:
         self._retired.append(slot.index)
         self.bury(slot.copies)
         self.version += 1
+        if self.journal is not None:
+            self.journal.retired(slot)

@@ -1,0 +1,97 @@
+"""Leases in Redis: which shard owns which engine, and which shards there are; `core.ownership` says what follows.
+
+A lease is a hash with a time to live, `shard` and `fence`. Its fence is higher than any given out for the engine
+before, so that an owner that has been replaced without noticing can write nothing any more. All times are Redis's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvatlas_indexer.core.ownership import Lease
+
+BEAT = """
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local shard, lease_ms = ARGV[1], tonumber(ARGV[2])
+redis.call('ZADD', KEYS[1], now, shard)
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - lease_ms)
+local found = {redis.call('ZRANGE', KEYS[1], 0, -1)}
+for i = 2, #KEYS do
+  local lease = redis.call('HMGET', KEYS[i], 'shard', 'fence')
+  if lease[1] == shard and lease[2] == ARGV[i + 1] then
+    redis.call('PEXPIRE', KEYS[i], lease_ms)
+  end
+  found[i] = lease
+end
+return found
+"""
+ACQUIRE = """
+local lease = redis.call('HMGET', KEYS[1], 'shard', 'fence')
+if lease[1] and lease[1] ~= ARGV[1] and ARGV[3] ~= '1' then
+  return false
+end
+local fence = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(lease[2] or '0'), tonumber(ARGV[4])) + 1
+redis.call('SET', KEYS[2], fence)
+redis.call('HSET', KEYS[1], 'shard', ARGV[1], 'fence', fence)
+redis.call('PEXPIRE', KEYS[1], ARGV[2])
+return fence
+"""
+RELEASE = """
+local lease = redis.call('HMGET', KEYS[1], 'shard', 'fence')
+if lease[1] == ARGV[1] and lease[2] == ARGV[2] then
+  redis.call('DEL', KEYS[1])
+end
+"""
+
+
+class Scripts(Protocol):
+    async def run_script(self, text: str, keys: Sequence[bytes], args: Sequence[bytes | str | int]) -> Any:
+        """Runs one script whose keys share a hash tag. Raises `StoreUnavailable`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """What a heartbeat found: the live shards (this one too), and who holds the leases that were asked about."""
+
+    live: frozenset[str]
+    leases: Mapping[str, Lease]
+
+
+class RedisLeases:
+    """The leases of one shard. `prefix` ends where the hash tag `{0}` begins. Every call raises `StoreUnavailable`."""
+
+    def __init__(self, scripts: Scripts, prefix: str, shard: str, *, lease_s: float = 3.0) -> None:
+        self._scripts = scripts
+        self._prefix = f"{prefix}{{0}}".encode()
+        self._shard = shard
+        self._lease_ms = round(lease_s * 1000)
+
+    async def beat(self, addresses: Sequence[str], held: Mapping[str, int]) -> Beat:
+        """I am alive, and so are my leases. `held`: address -> fence of those this shard believes it holds."""
+        keys = [self._prefix + b"shards", *(self._lease(address) for address in addresses)]
+        args: list[str | int] = [self._shard, self._lease_ms, *(held.get(address, 0) for address in addresses)]
+        live, *leases = await self._scripts.run_script(BEAT, keys, args)
+        return Beat(
+            frozenset(shard.decode() for shard in live),
+            {
+                address: Lease(shard.decode(), int(fence))
+                for address, (shard, fence) in zip(addresses, leases, strict=True)
+                if shard is not None and fence is not None
+            },
+        )
+
+    async def acquire(self, address: str, *, force: bool, above: int = 0) -> int | None:
+        """The fence, higher than any before and than `above`; None: another shard holds the lease."""
+        keys = [self._lease(address), self._prefix + b"f" + address.encode()]
+        fence = await self._scripts.run_script(ACQUIRE, keys, [self._shard, self._lease_ms, int(force), above])
+        return None if fence is None else int(fence)
+
+    async def release(self, address: str, fence: int) -> None:
+        await self._scripts.run_script(RELEASE, [self._lease(address)], [self._shard, fence])
+
+    def _lease(self, address: str) -> bytes:
+        return self._prefix + b"o" + address.encode()
