@@ -75,7 +75,7 @@ async def test_the_indexers_probes_are_answered(tmp_path: Path) -> None:
         indexer_of_base(tmp_path) as indexer,
         grpc.aio.insecure_channel(indexer.grpc_address) as channel,
     ):
-        health: Any = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]
+        health: Any = health_pb2_grpc.HealthStub(channel)
         for name in PROBES:
             asked = health_pb2.HealthCheckRequest(service=probes[name]["grpc"].get("service", ""))
             answer: health_pb2.HealthCheckResponse = await health.Check(asked, timeout=DEADLINE_S)
