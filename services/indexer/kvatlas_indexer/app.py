@@ -77,7 +77,7 @@ class Indexer:
         settings, context = self.settings, new_context()
         self._stack.callback(context.term)
         options = ZmqSourceOptions(settings.topic_prefix, message_bytes_max=settings.message_bytes_max)
-        self._source = ZmqSource(context, self._on_message, options)
+        self._source = ZmqSource(context, self._on_message, options, self._on_connection)
         self._stack.callback(self._source.close)
         self._replays = Replays(ReplayClient(context), self._on_replayed, self._on_replay_end)
         self._stack.push_async_callback(self._replays.close)
@@ -149,6 +149,9 @@ class Indexer:
             frames, time.time(), peer=origin.peer, dialled=origin.dialled, port_rank=origin.port_rank
         )
         self._perform(commands)
+
+    def _on_connection(self, engine: EngineId, up: bool) -> None:
+        self._perform(self.index.on_connection(engine, up, time.time()))
 
     def _on_replayed(self, engine: EngineId, seq: int, payload: bytes) -> None:
         self._perform(self.index.on_replayed(engine, seq, payload, time.time()))

@@ -10,6 +10,9 @@ the sockets that have something take it in rounds, so that neither a busy engine
 starve gRPC. A bound SUB socket learns of a new engine, and subscribes to it, only when it is read: the descriptor
 announces that too.
 
+Who dials is told of its connections too: what an engine publishes while there is none is lost, and no message shows it
+before the next one comes.
+
 When a receive queue is full (`queue_messages_max` per engine), TCP pushes back and the *engine* drops; that shows here
 only as a gap in the sequence, which the core counts.
 """
@@ -21,12 +24,14 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import zmq
 
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.addresses import unavailable
+from kvatlas_indexer.adapters.zmq_connection import Connection
 from kvatlas_indexer.adapters.zmq_sockets import MESSAGE_BYTES_MAX, Context, Socket, new_socket
 
 log = logging.getLogger(__name__)
@@ -50,6 +55,7 @@ class Origin:
 
 
 OnMessage = Callable[[Origin, list[bytes]], None]
+OnConnection = Callable[[EngineId, bool], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,7 @@ class _Inlet:
     socket: Socket
     descriptor: int
     origin: Origin
+    connection: Connection | None = None  # of a dialled engine
     waiting: bool = False  # stands in the queue of those with something to read
 
 
@@ -92,12 +99,20 @@ class ZmqSource:
     """Every KV event stream of an indexer. Used from one event loop; `on_message(origin, frames)` is called in it.
 
     `frames` is what was received: `[topic, sequence, payload]` from a vLLM engine, any number of any bytes from others.
+    `on_connection(engine, up)` is called for a dialled engine: not up when it is dialled, and at every change.
     """
 
-    def __init__(self, context: Context, on_message: OnMessage, options: ZmqSourceOptions = ZmqSourceOptions()) -> None:
+    def __init__(
+        self,
+        context: Context,
+        on_message: OnMessage,
+        options: ZmqSourceOptions = ZmqSourceOptions(),
+        on_connection: OnConnection = lambda engine, up: None,
+    ) -> None:
         self.received = Received()
         self._context = context
         self._on_message = on_message
+        self._on_connection = on_connection
         self._options = options
         self._listening: list[_Inlet] = []
         self._dialled: dict[EngineId, _Inlet] = {}
@@ -133,6 +148,7 @@ class ZmqSource:
         refused: dict[EngineId, str] = {}
         for engine, endpoint in engines.items():
             if engine not in self._dialled:
+                self._on_connection(engine, False)
                 try:
                     self._dialled[engine] = self._connect(engine, endpoint)
                 except zmq.ZMQError as error:
@@ -171,21 +187,25 @@ class ZmqSource:
 
     def _connect(self, engine: EngineId, endpoint: str) -> _Inlet:
         socket = self._socket()
+        connection = Connection(socket, partial(self._on_connection, engine))
         try:
             socket.connect(endpoint)
         except zmq.ZMQError:
+            connection.close()
             socket.close()
             raise
-        return self._open(socket, Origin(endpoint, None, engine, engine.rank))
+        return self._open(socket, Origin(endpoint, None, engine, engine.rank), connection)
 
-    def _open(self, socket: Socket, origin: Origin) -> _Inlet:
-        inlet = _Inlet(socket, int(socket.get(zmq.FD)), origin)
+    def _open(self, socket: Socket, origin: Origin, connection: Connection | None = None) -> _Inlet:
+        inlet = _Inlet(socket, int(socket.get(zmq.FD)), origin, connection)
         asyncio.get_running_loop().add_reader(inlet.descriptor, self._became_readable, inlet)
         self._became_readable(inlet)  # bind and connect may have consumed the edge
         return inlet
 
     def _close(self, inlet: _Inlet) -> None:
         asyncio.get_running_loop().remove_reader(inlet.descriptor)
+        if inlet.connection is not None:
+            inlet.connection.close()
         inlet.socket.close()
         if inlet.waiting:
             self._readable.remove(inlet)

@@ -75,6 +75,8 @@ class Engine:
         self.rules: dict[int, GroupRule] = {}
         self.counts: Counter[str] = Counter()
         """Events by what became of them: applied, stored, removed, cleared, duplicate, gap, restart, or a rejection."""
+        self.connected = True
+        """False while its publisher, which is dialled, is not connected: whatever it publishes is lost."""
         self.heard_at: float | None = None
         self.lag_s = 0.0  # from the engine's `ts` of the last message to its being applied
         self._residency = residency
@@ -108,6 +110,8 @@ class Engine:
 
     def _why_inexact(self) -> str:
         """What keeps it from being exact although every message has been applied."""
+        if not self.connected:
+            return "its event stream is not connected: what it publishes is missed"
         if self._odd:
             return self._odd
         if self._due or self._residency.in_doubt(self.id):
@@ -141,6 +145,10 @@ class Engine:
     def on_message(self, message: Message, now: float) -> list[Network]:
         self.heard_at = now
         return self._perform(self.stream.on_message(message, now), now)
+
+    def on_connection(self, up: bool, now: float) -> list[Network]:
+        self.connected = up
+        return self.on_returned(now) if up else []
 
     def on_replayed(self, message: Message, now: float) -> list[Network]:
         return self._perform(self.stream.on_replayed(message, now), now)

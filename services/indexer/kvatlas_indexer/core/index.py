@@ -135,6 +135,11 @@ class KvIndex:
             self._stale.add(engine)
         return known
 
+    def on_connection(self, engine: EngineId, up: bool, now: float) -> list[Command]:
+        """Whether the publisher of a dialled engine is connected, at every change."""
+        known = self._known.get(engine)
+        return self._commands(known, known.engine.on_connection(up, now)) if known else []
+
     def on_replayed(self, engine: EngineId, seq: int, payload: bytes, now: float) -> list[Command]:
         known = self._known.get(engine)
         if known is None:
@@ -175,6 +180,8 @@ class KvIndex:
             reannounces=bool(spec and spec.reannounces), drop_last_blocks=spec.speculative_drop_blocks if spec else 0
         )
         engine.stream.can_replay = spec is not None and spec.replay_endpoint(known.id.rank) is not None
+        if spec is None or spec.events is None:
+            engine.connected = True  # as far as can be told of one that connects to us
         self._stale.add(known.id)
         return self._commands(known, engine.on_attached(now))
 

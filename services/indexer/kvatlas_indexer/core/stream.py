@@ -103,6 +103,7 @@ class Stream:
         self._retry_at: float | None = None
         self._retries = 0
         self._attached = False
+        self._again = False  # the engine has come back while a replay was under way
 
     # -- what the caller may ask ---------------------------------------------------------------------------------------
 
@@ -205,6 +206,7 @@ class Stream:
     def on_returned(self, now: float) -> list[Effect]:
         """The engine was out of reach and is back: messages may have been lost without another one to show it."""
         if self._mode is not _Mode.LIVE:
+            self._again = True  # the replay under way may have begun too early
             return []
         if self.can_replay:
             return self._start(_Mode.JOIN if self.last is None else _Mode.FILL, now)
@@ -352,7 +354,7 @@ class Stream:
 
     def _start(self, mode: _Mode, now: float) -> list[Effect]:
         self._mode, self._progress_at, self._last_before = mode, now, self.last
-        self._answered = self._from_zero = False
+        self._answered = self._from_zero = self._again = False
         return [RequestReplay(self._first_wanted())]
 
     @property
@@ -394,4 +396,4 @@ class Stream:
                 effects += self._apply(message)
             else:
                 effects += self.on_message(message, now)
-        return effects
+        return effects + (self.on_returned(now) if self._again and self._mode is _Mode.LIVE else [])
