@@ -1,6 +1,6 @@
 """The words of the project, as types. `ARCHITECTURE.md` says what each of them means.
 
-A block key is a plain `int` (unsigned, 64 bits): there are millions of them, and they are compared, never computed with.
+A block key is a plain `int` (unsigned, 64 bits): there are millions of them, compared and never computed with.
 """
 
 from __future__ import annotations
@@ -41,8 +41,12 @@ class EngineId:
         """The inverse of `str`. Raises `ValueError` that quotes the text."""
         address, slash, rank = text.partition("/dp")
         host, colon, port = address.rpartition(":")
-        if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+        if not (host and colon and _is_number(port) and 0 < int(port) < 65536):
             raise ValueError(f"engine {text!r} is not <host:port> or <host:port>/dp<N>")
-        if slash and not rank.isdecimal():
+        if slash and not _is_number(rank):
             raise ValueError(f"engine {text!r}: the rank after /dp is not a number")
         return cls(address, int(rank) if slash else 0)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 5

@@ -12,6 +12,9 @@ Arbitrary bytes raise nothing but `MalformedBatch`. Source: vLLM 0.10 - 0.32 `di
 
 from __future__ import annotations
 
+import ipaddress
+import re
+
 import msgspec
 
 from kvatlas_common.events.types import (
@@ -25,11 +28,14 @@ from kvatlas_common.events.types import (
     RejectedEvent,
     Rejection,
     Topic,
+    array_length,
     decode_any,
 )
 from kvatlas_common.words import KEY_MASK, Medium
 
 RANK_MAX = 4095
+EVENTS_MAX = 65_536
+"""Events in one batch: a step of an engine evicts at most as many blocks as it computes."""
 GROUP_MAX = 255
 BLOCK_SIZE_MAX = 1 << 20
 
@@ -91,6 +97,12 @@ class _Batch(msgspec.Struct, array_like=True, gc=False):
     rank: int | None = None
 
 
+class _BatchHead(msgspec.Struct, array_like=True, gc=False):
+    ts: float
+    events: msgspec.Raw
+
+
+_decode_head = msgspec.msgpack.Decoder(_BatchHead).decode
 _decode_batch = msgspec.msgpack.Decoder(_Batch).decode
 _decode_map = msgspec.msgpack.Decoder(_Stored | _Removed | _Cleared).decode
 _decode_array = msgspec.msgpack.Decoder(_StoredArray | _RemovedArray | _ClearedArray).decode
@@ -99,6 +111,8 @@ _decode_array = msgspec.msgpack.Decoder(_StoredArray | _RemovedArray | _ClearedA
 def decode_batch(payload: bytes) -> EventBatch:
     """Raises `MalformedBatch` when nothing of the message can be used."""
     try:
+        if len(payload) > EVENTS_MAX and array_length(_decode_head(payload).events) > EVENTS_MAX:
+            raise MalformedBatch(f"payload: more than {EVENTS_MAX} events")
         batch = _decode_batch(payload)
     except FOREIGN_ERRORS as error:
         raise MalformedBatch(f"payload: {error}") from None
@@ -146,11 +160,11 @@ def _reject(raw: msgspec.Raw, why: str) -> RejectedEvent:
     try:
         value = decode_any(raw)
     except FOREIGN_ERRORS:
-        return RejectedEvent(Rejection.MALFORMED, why)
+        return RejectedEvent(Rejection.MALFORMED, why[:256])
     tag = value.get("type") if isinstance(value, dict) else value[0] if isinstance(value, list) and value else None
     if isinstance(tag, str) and tag not in _KNOWN_TYPES:
         return RejectedEvent(Rejection.UNKNOWN_TYPE, f"event type {tag[:64]!r} is not known", lossy=False)
-    return RejectedEvent(Rejection.MALFORMED, why)
+    return RejectedEvent(Rejection.MALFORMED, why[:256])
 
 
 def _stored(event: _Stored) -> BlockStored:
@@ -160,7 +174,7 @@ def _stored(event: _Stored) -> BlockStored:
     window = event.kv_cache_spec_sliding_window
     if window is not None and not 0 < window < 1 << 31:
         raise _Unusable(Rejection.MALFORMED, f"kv_cache_spec_sliding_window: {window} is not a number of tokens")
-    full = [h for h in hashes if type(h) is bytes]
+    full = [h for h in hashes if type(h) is bytes] if hashes and type(hashes[0]) is bytes else None
     return BlockStored(
         keys=_keys(hashes),
         full=full if full and len(full) == len(hashes) else None,
@@ -225,20 +239,38 @@ def decode_topic(frame: bytes) -> Topic:
         text = frame.decode()
         prefix, host_port, model = text.split("@", 2)
         host, port = _host_port(host_port)
-    except (UnicodeDecodeError, ValueError):
+    except ValueError:
         raise MalformedBatch(f"topic {frame[:128]!r} is not kv@<host>[:port]@<model>") from None
-    if prefix != "kv" or not host or not model or len(text) > 512:
+    if prefix != "kv" or not model or not model.isprintable() or len(text) > 512:
         raise MalformedBatch(f"topic {frame[:128]!r} is not kv@<host>[:port]@<model>")
     return Topic(host, port, model)
 
 
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.-]*[A-Za-z0-9_])?\.?")
+_HOST_PORT = re.compile(r"(?P<host>\[[^\]]*\]|[^:]*)(:(?P<port>[0-9]{1,5}))?")
+
+
 def _host_port(text: str) -> tuple[str, int | None]:
-    """`host`, `host:port`, `[v6]:port`, or a bare IPv6 address. Raises `ValueError`."""
+    """`host`, `host:port`, `[v6]`, `[v6]:port`, or a bare IPv6 address; IPv6 comes back in brackets, in short form.
+
+    Raises `ValueError`: a name that is no host would be an engine that no router could be told of.
+    """
     if text.count(":") > 1 and not text.startswith("["):
-        return f"[{text}]", None
-    host, colon, port = text.rpartition(":")
-    if not colon or text.endswith("]"):
-        return text, None
-    if not port.isdecimal() or not 0 < int(port) < 65536:
+        return _v6(text), None
+    found = _HOST_PORT.fullmatch(text)
+    if found is None:
         raise ValueError(text)
-    return host, int(port)
+    host = found["host"]
+    if host.startswith("["):
+        host = _v6(host[1:-1])
+    elif not _HOST.fullmatch(host):
+        raise ValueError(text)
+    if found["port"] is None:
+        return host, None
+    if not 0 < int(found["port"]) < 65536:
+        raise ValueError(text)
+    return host, int(found["port"])
+
+
+def _v6(text: str) -> str:
+    return f"[{ipaddress.IPv6Address(text)}]"

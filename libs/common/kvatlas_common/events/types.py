@@ -18,6 +18,18 @@ _decode_tokens = msgspec.msgpack.Decoder(list[int]).decode
 decode_any = msgspec.msgpack.Decoder().decode
 
 
+def array_length(raw: msgspec.Raw) -> int:
+    """How many items a msgpack array has, from its header alone; 0 where it is none."""
+    head = bytes(memoryview(raw)[:5])
+    if head and 0x90 <= head[0] <= 0x9F:
+        return head[0] & 0x0F
+    if len(head) >= 3 and head[0] == 0xDC:
+        return int.from_bytes(head[1:3], "big")
+    if len(head) == 5 and head[0] == 0xDD:
+        return int.from_bytes(head[1:5], "big")
+    return 0
+
+
 class Rejection(StrEnum):
     """Why one event of a batch could not be used: the label of a counter, so there are few of them."""
 
@@ -76,6 +88,11 @@ class BlockStored:
             return _decode_tokens(self.raw_token_ids)
         except FOREIGN_ERRORS as error:
             raise MalformedBatch(f"token_ids: {error}") from None
+
+    @property
+    def token_count(self) -> int:
+        """How many token ids there are; they are not decoded for it."""
+        return array_length(self.raw_token_ids)
 
     @property
     def says_extra_keys(self) -> bool:

@@ -363,23 +363,11 @@ def _tells(event: BlockStored, rules: dict[int, GroupRule]) -> bool:
     """Whether its token ids and hashes belong together, block by block, and parent None means the prompt's start."""
     if not event.keys or event.block_size == 0:
         return False
-    if _tokens_in(event) != len(event.keys) * event.block_size:
+    if event.token_count != len(event.keys) * event.block_size:
         return False
     if GroupRule.of(event.kind, event.window).kind is Kind.FULL:
         return True
     return not any(rule.kind is Kind.FULL for rule in rules.values())
-
-
-def _tokens_in(event: BlockStored) -> int:
-    """How many token ids there are, from the msgpack array header alone."""
-    raw = memoryview(event.raw_token_ids)
-    if raw and 0x90 <= raw[0] <= 0x9F:
-        return raw[0] & 0x0F
-    if len(raw) >= 3 and raw[0] == 0xDC:
-        return int.from_bytes(raw[1:3], "big")
-    if len(raw) >= 5 and raw[0] == 0xDD:
-        return int.from_bytes(raw[1:5], "big")
-    return 0
 
 
 def _salted(event: BlockStored) -> bool:
