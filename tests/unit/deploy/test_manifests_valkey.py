@@ -6,6 +6,7 @@ import shlex
 
 import pytest
 
+from kvatlas_indexer.adapters.redis_url import StoreUrl
 from tests.unit.deploy.manifests import SECRETS, rendered
 
 UNITS = {"gb": 1 << 30, "mb": 1 << 20, "Gi": 1 << 30, "Mi": 1 << 20}
@@ -38,9 +39,12 @@ def test_it_asks_for_the_password_that_the_shards_have() -> None:
     secret = SECRETS["kvatlas-store"]
     assert valkey.arguments == ["/etc/valkey/valkey.conf", "--requirepass", secret["password"]]
     assert valkey.environ["REDISCLI_AUTH"] == secret["password"]
-    store = rendered("ha").workload("kvatlas-indexer").environ["KVATLAS_STORE"]
-    (port,) = valkey.ports.values()
-    assert store == f"redis://:{secret['password']}@kvatlas-valkey:{port}/0"
+    store = StoreUrl.parse(rendered("ha").workload("kvatlas-indexer").environ["KVATLAS_STORE"])
+    ((host, port),) = store.addresses
+    assert store.password == secret["password"]
+    service = rendered("ha").get("Service", host, valkey.namespace)["spec"]
+    assert rendered("ha").selected(service["selector"], valkey.namespace) == (valkey,)
+    assert [p["port"] for p in service["ports"]] == [port] == list(valkey.ports.values())
 
 
 @pytest.mark.parametrize("name", ["base", "ha-external", "replay", "ha-dial"])
