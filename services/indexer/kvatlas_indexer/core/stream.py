@@ -127,7 +127,24 @@ class Stream:
     def replaying(self) -> bool:
         return self._mode is not _Mode.LIVE
 
+    def standing(self) -> tuple[bool, str, float | None, float | None]:
+        """What a successor needs beside the last message: `resume` takes it."""
+        return self._whole and not self._unsure, self._loss or self._unsure, self._epoch_ts, self._process_start
+
+    @property
+    def last_message(self) -> tuple[int, float, int] | None:
+        """Sequence number, `ts` and digest of the last message applied in this epoch."""
+        return None if self.last is None else (self.last, self._last_ts, self._digests[self.last])
+
     # -- what happens to it --------------------------------------------------------------------------------------------
+
+    def resume(
+        self, *, last: int, ts: float, digest: int, standing: tuple[bool, str, float | None, float | None]
+    ) -> None:
+        """Goes on where another owner of the engine stood. What was published since is asked for when it is attached."""
+        self.last, self._last_ts, self._digests[last] = last, ts, digest
+        self._whole, self._loss, self._epoch_ts, self._process_start = standing
+        self._heard = True
 
     def on_attached(self, now: float) -> list[Effect]:
         """The engine is known; if it can be asked what it published before, even an idle one becomes exact."""
@@ -154,7 +171,7 @@ class Stream:
             return self._apply(message)
         if self.can_replay:
             return [*self._start(_Mode.FILL, now), *self._hold(message, now)]
-        return [self._lose(f"messages {self.last + 1}..{message.seq - 1} lost", now), *self._apply(message)]
+        return [self._lose(f"{_between(self.last, message.seq)} lost", now), *self._apply(message)]
 
     def on_replayed(self, message: Message, now: float) -> list[Effect]:
         """A message of the replay under way."""
@@ -172,7 +189,7 @@ class Stream:
         if first:
             return [self._lose(f"replay reaches back to message {message.seq} only", now), *self._apply(message)]
         if message.seq > self.last + 1:
-            lost = f"messages {self.last + 1}..{message.seq - 1} lost, and no longer replayed"
+            lost = f"{_between(self.last, message.seq)} lost, and no longer replayed"
             return [self._lose(lost, now), *self._apply(message)]
         return self._apply(message)
 
@@ -387,13 +404,17 @@ class Stream:
         held, effects = sorted(self._held, key=lambda m: m.seq), list[Effect]()
         self._hold_only([])
         for message in held:
-            missing = self.last is not None and message.seq > self.last + 1
-            if self._mode is _Mode.LIVE and why and missing:
-                effects.append(self._lose(f"messages {(self.last or 0) + 1}..{message.seq - 1} lost: {why}", now))
+            given_up = bool(why) and self._mode is _Mode.LIVE
+            if given_up and self.last is not None and message.seq > self.last + 1:
+                effects.append(self._lose(f"{_between(self.last, message.seq)} lost: {why}", now))
                 effects += self._apply(message)
-            elif self._mode is _Mode.LIVE and why and self.last is None and message.seq > 0:
+            elif given_up and self.last is None and message.seq > 0:
                 self._whole, self._loss = False, f"joined at message {message.seq}: {why}"
                 effects += self._apply(message)
             else:
                 effects += self.on_message(message, now)
         return effects + (self.on_returned(now) if self._again and self._mode is _Mode.LIVE else [])
+
+
+def _between(last: int, seq: int) -> str:
+    return f"message {last + 1}" if seq == last + 2 else f"messages {last + 1}..{seq - 1}"
