@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
+from kvatlas_common.logs import LimitedLog
 from kvatlas_router.adapters.admin import build_admin
 from kvatlas_router.adapters.decide import Decider
 from kvatlas_router.adapters.fleet import FleetKeeper
@@ -32,6 +33,8 @@ from kvatlas_router.core.ledger import Ledger
 from kvatlas_router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
+
+DEFECTS_LOG_INTERVAL_S = 10.0
 
 
 class Router:
@@ -74,6 +77,7 @@ class Router:
             chance=rng.random,
             clock=time.monotonic,
             turns=itertools.count(),
+            problems=LimitedLog(log, DEFECTS_LOG_INTERVAL_S, time.monotonic),
         )
         self._forwarder = Forwarder(_patience(settings), ledger, self.fleet.api_key)
         self._api = PublicApi(

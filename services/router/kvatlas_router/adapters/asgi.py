@@ -45,6 +45,7 @@ class Request:
     id: str
     body: bytes = b""
     header: Mapping[bytes, bytes] = field(default_factory=dict)
+    route: str = ""  # the path without ids, for figures
 
     @classmethod
     def of(cls, scope: Scope, new_id: Callable[[], str]) -> Request:

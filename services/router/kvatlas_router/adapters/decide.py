@@ -8,13 +8,16 @@ the log, the observers and `/debug/route` alike.
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Protocol
 
 from kvatlas_common.fleet import EngineView, Fleet, Health
+from kvatlas_common.logs import LimitedLog
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_router.adapters.index_client import LookupFailed
 from kvatlas_router.core.body import Body
@@ -137,6 +140,7 @@ class Decider:
     chance: Callable[[], float]
     clock: Callable[[], float]
     turns: Iterator[int]
+    problems: LimitedLog
 
     async def decide(self, asked: Asked) -> Decision:
         """Raises `UnknownModel` and `NoEngine`."""
@@ -158,11 +162,18 @@ class Decider:
             with learnt.stage("choose"):
                 return by_cost(self._candidates(views, answer, learnt.keys), learnt.prompt_tokens or 0)
         except (NoTokens, LookupFailed) as failure:
-            learnt.failure = str(failure)
-            home = self.homes.of(asked.body.fields.get("previous_response_id"))
-            key = asked.body.session(asked.session)
-            tokens = learnt.prompt_tokens or asked.estimated_tokens
-            return by_affinity(self._candidates(views), tokens, key, cause=failure.cause, home=home)
+            learnt.failure, cause = str(failure), failure.cause
+        except Exception as defect:
+            # Whatever is wrong here is not the user's fault. The message may quote the prompt: only the place is told.
+            learnt.failure, cause = _place(defect), "defect"
+            self.problems.warning("defect", "decision failed", where=learnt.failure, path=asked.path)
+        return self._by_affinity(asked, views, learnt, cause)
+
+    def _by_affinity(self, asked: Asked, views: Sequence[EngineView], learnt: Learnt, cause: str) -> Choice:
+        home = self.homes.of(asked.body.fields.get("previous_response_id"))
+        key = asked.body.session(asked.session)
+        tokens = learnt.prompt_tokens or asked.estimated_tokens
+        return by_affinity(self._candidates(views), tokens, key, cause=cause, home=home)
 
     async def _look_up(self, asked: Asked, model: str, views: Sequence[EngineView], learnt: Learnt) -> MatchAnswer:
         if not self.index.available:
@@ -204,6 +215,12 @@ class Decider:
             )
             for view in views
         ]
+
+
+def _place(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+    return f"{type(error).__name__} at {where}"
 
 
 def _serving(fleet: Fleet, asked: Asked) -> tuple[str, tuple[EngineView, ...]]:

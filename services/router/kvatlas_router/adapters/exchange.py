@@ -58,7 +58,7 @@ class Exchange:
 
     def finished(self) -> None:
         told, decision, metrics = self.told, self.decision, self.metrics
-        metrics.requests.labels(self.request.path, told.outcome).inc()
+        metrics.requests.labels(self.request.route, told.outcome).inc()
         if told.outcome is Outcome.CUT:
             metrics.cuts.inc()
         actual = told.usage.cached_tokens

@@ -8,7 +8,6 @@ that a router that starts with every indexer down knows whom to ask.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import random
@@ -27,6 +26,7 @@ from kvatlas_common.engines.probe import EngineFacts, Prober, open_session
 from kvatlas_common.engines.specs import EngineDefaults, EngineSource, EngineSpec
 from kvatlas_common.fleet import EngineView, Fleet
 from kvatlas_common.words import EngineId
+from kvatlas_router.adapters import background
 from kvatlas_router.core.knowledge import as_remembered, merged, needing_probes, told
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class FleetKeeper:
         prober = Prober(session, self._on_facts, clock=time.monotonic, wall=time.time, rng=self._rng)
         self._prober = await self._stack.enter_async_context(prober)
         for job in (self._follow_list(), self._follow_indexers(), self._keep_saved(), self._keep_fresh()):
-            self._stack.push_async_callback(_stop, asyncio.create_task(job))
+            self._stack.push_async_callback(background.stop, background.start(job, "fleet"))
         self._specs = {i: s for s in self._sources if isinstance(s, EngineSpec) for i in s.ids}
         self._refresh()
         return self
@@ -207,9 +207,3 @@ def _save(path: Path, fleet: Fleet) -> None:
         part.replace(path)
     except OSError as error:
         log.warning("last known fleet not saved", extra={"file": str(path), "why": str(error)})
-
-
-async def _stop(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task

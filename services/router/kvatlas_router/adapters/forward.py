@@ -38,6 +38,7 @@ HOP_BY_HOP = frozenset(
 _NOT_FORWARDED = HOP_BY_HOP | {b"host", b"content-length", b"expect", b"x-request-id"}
 _DYING = frozenset({502, 503})
 _STALE_S = 1.0  # a pooled connection the engine had closed breaks at once
+_IDLE_SLACK = 0.05  # of the idle timeout: setting a timer for every chunk would cost more than passing it on
 _POOL_KEEPALIVE_S = 4.0  # vLLM closes idle connections after 5 s (0.32, envs.py: VLLM_HTTP_TIMEOUT_KEEP_ALIVE)
 
 
@@ -253,15 +254,18 @@ class _PassOn:
 
     async def _body(self, first: bytes, send: Send, dropper: UsageChunkFilter | None) -> None:
         clock = asyncio.get_running_loop().time
-        chunk = first
-        async with asyncio.timeout_at(min(clock() + self.idle_s, self.give_up)) as deadline:
+        chunk, armed = first, clock()
+        async with asyncio.timeout_at(min(armed + self.idle_s, self.give_up)) as deadline:
             while chunk:
                 self.tail.feed(chunk)
                 self.told.bytes_out += len(chunk)
                 passed = chunk if dropper is None else dropper.feed(chunk)
                 if passed:
                     await send({"type": "http.response.body", "body": passed, "more_body": True})
-                deadline.reschedule(min(clock() + self.idle_s, self.give_up))
+                now = clock()
+                if now - armed > self.idle_s * _IDLE_SLACK:
+                    armed = now
+                    deadline.reschedule(min(armed + self.idle_s, self.give_up))
                 chunk = await self.response.content.readany()
 
     def _headers(self) -> list[tuple[bytes, bytes]]:

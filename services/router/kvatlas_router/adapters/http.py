@@ -138,9 +138,11 @@ class PublicApi:
         lookup = ROUTES.get(request.path)
         if lookup is not None:
             _require(request, "POST")
+            request.route = request.path
             return lookup
         if request.path.startswith(STORED_RESPONSE):
             _require(request, "POST" if request.path.endswith("/cancel") else "GET")
+            request.route = STORED_RESPONSE + "{id}"
             return Lookup.SESSION
         return None
 

@@ -28,6 +28,7 @@ from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as rpc
 from kvatlas_common.wire import engine_view, match_answer, match_request, observation_message
 from kvatlas_common.words import EngineId
+from kvatlas_router.adapters import background
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.circuit import Circuit
 
@@ -71,8 +72,8 @@ class Shard:
         self._stub: Any = rpc.KvIndexStub(self._channel)  # type: ignore[no-untyped-call]
         self._outbox: asyncio.Queue[pb.Observation] = asyncio.Queue(OBSERVATIONS_QUEUED_MAX)
         self._tasks = [
-            asyncio.create_task(self._forever("fleet stream", self._watch)),
-            asyncio.create_task(self._forever("observations", self._report)),
+            background.start(self._forever("fleet stream", self._watch), f"fleet stream of {address}"),
+            background.start(self._forever("observations", self._report), f"observations to {address}"),
         ]
 
     async def match(self, request: pb.MatchRequest, timeout_s: float) -> MatchAnswer:
@@ -94,8 +95,7 @@ class Shard:
 
     async def close(self) -> None:
         for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            await background.stop(task)
         await self._channel.close()
 
     def _failure(self, error: grpc.aio.AioRpcError) -> LookupFailed:
@@ -149,6 +149,8 @@ class Shard:
                 why = f"{error.code().name} {error.details()}"[:300]
             except ValueError as error:
                 why = f"it sent what does not parse: {error}"[:300]
+            except Exception as error:  # a defect here or in grpc must not end the watching for good
+                why = f"{error!r}"[:300]
             if pause == shortest:
                 log.warning("indexer lost", extra={"indexer": self.address, "stream": what, "why": why})
             pause = min(pause * 2, longest)
@@ -169,13 +171,12 @@ class IndexClient:
         self._resolving: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> IndexClient:
-        self._resolving = asyncio.create_task(self._keep_resolving())
+        self._resolving = background.start(self._keep_resolving(), "resolving indexers")
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: object, tb: TracebackType | None) -> None:
         if self._resolving is not None:
-            self._resolving.cancel()
-            await asyncio.gather(self._resolving, return_exceptions=True)
+            await background.stop(self._resolving)
         await asyncio.gather(*(s.close() for s in self._shards.values()))
 
     @property

@@ -20,6 +20,7 @@ from pydantic import SecretStr
 from kvatlas_common.engines.asking import AskFailed, tokenize
 from kvatlas_common.fleet import EngineView, Fleet, Health
 from kvatlas_common.prompts import PromptError, PromptPipeline, Unrenderable, understand
+from kvatlas_router.adapters import background
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.parity import SAMPLES, difference
 
@@ -69,14 +70,12 @@ class Parity:
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._keep_checking())
+        self._task = background.start(self._keep_checking(), "parity")
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: object, tb: TracebackType | None) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await background.stop(self._task)
 
     def disagrees(self, view: EngineView) -> str | None:
         """What differs between its tokens and ours, as last seen."""
@@ -162,4 +161,6 @@ def _ours(local: Local, body: Mapping[str, Any]) -> list[int] | None:
         found: list[int] = local.pipeline.tokenize(request).token_ids.tolist()
     except PromptError:
         return None
+    except Exception as defect:  # templates can raise anything; it may quote the sample, which is no secret
+        raise _Unchecked(f"a sample cannot be tokenised here: {defect!r}"[:200]) from None
     return found

@@ -34,6 +34,7 @@ class HttpServer:
                 log_config=None,
                 log_level="warning",
                 access_log=False,
+                proxy_headers=False,
                 server_header=False,
                 date_header=False,
                 timeout_keep_alive=CLIENT_KEEPALIVE_S,

@@ -1,0 +1,163 @@
+"""Decisions: what is looked up, and what happens when it cannot be."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+
+from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health
+from kvatlas_common.logs import LimitedLog
+from kvatlas_common.matching import EngineMatch, MatchAnswer
+from kvatlas_common.words import EngineId, Medium
+from kvatlas_router.adapters.decide import Asked, Decider, Lookup, UnknownModel
+from kvatlas_router.adapters.index_client import LookupFailed
+from kvatlas_router.core.body import Body
+from kvatlas_router.core.choice import NoEngine, Policy
+from kvatlas_router.core.homes import ResponseHomes
+from kvatlas_router.core.ledger import Ledger
+from kvatlas_router.core.prompt import Keys, NoTokens, Prompt, Where
+
+PROFILE = "sha256_cbor/b64/tagged/seed=42"
+A, B = EngineId("a:1"), EngineId("b:1")
+CHAT = "/v1/chat/completions"
+
+
+def view(engine: EngineId, **also: object) -> EngineView:
+    known = EngineView(
+        engine, f"http://{engine}", frozenset({"m"}), health=Health.READY, profile=PROFILE, block_size=64
+    )
+    return replace(known, **also)  # type: ignore[arg-type]
+
+
+@dataclass
+class Given:
+    """The ports, answering what a test wants."""
+
+    error: Exception | None = None
+    keys: Mapping[str, Keys] = field(default_factory=lambda: {PROFILE: np.arange(4, dtype=np.uint64)})
+    answer: MatchAnswer = field(default_factory=MatchAnswer)
+    lookup_error: LookupFailed | None = None
+    available: bool = True
+    asked: int = 0
+
+    async def tokens(self, path: str, body: Body, model: str, engines: Sequence[EngineView]) -> Prompt:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        return Prompt(list(range(300)), self.keys, complete=True, comparable=True, where=Where.LOCAL)
+
+    async def match(self, model: str, prompts: Mapping[str, Keys]) -> MatchAnswer:
+        if self.lookup_error is not None:
+            raise self.lookup_error
+        return self.answer
+
+
+def decider(given: Given, *views: EngineView, policy: Policy = Policy.PRECISE) -> Decider:
+    return Decider(
+        fleet=lambda: Fleet.of(views),
+        tokens=given,
+        index=given,
+        ledger=Ledger(),
+        homes=ResponseHomes(),
+        policy=policy,
+        chance=iter([0.9, 0.1] * 10).__next__,
+        clock=lambda: 0.0,
+        turns=itertools.count(),
+        problems=LimitedLog(logging.getLogger("test"), 0.0, lambda: 0.0),
+    )
+
+
+def asked(raw: bytes = b'{"model": "m"}', lookup: Lookup = Lookup.PROMPT) -> Asked:
+    return Asked(CHAT, lookup, Body.parse(raw))
+
+
+async def test_a_match_decides() -> None:
+    given = Given(answer=MatchAnswer((EngineMatch(B, 3, {Medium.GPU: 3}, True),)))
+    decision = await decider(given, view(A), view(B)).decide(asked())
+    assert (decision.choice.engine.id, str(decision.choice.reason)) == (B, "precise")
+    assert (decision.choice.terms[0].cached_tokens, decision.choice.cost) == (192, 108)
+    assert decision.comparable
+    assert set(decision.learnt.stages) == {"tokenise", "match", "choose"}
+
+
+async def test_an_engine_whose_profile_was_not_asked_about_is_unknown() -> None:
+    given = Given()
+    decision = await decider(given, view(A, profile=None), view(B)).decide(asked())
+    assert {t.engine: t.cached_tokens for t in decision.choice.terms} == {A: None, B: 0}
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (Given(error=NoTokens("tokenizer")), "affinity:tokenizer"),
+        (Given(error=NoTokens("unrenderable:audio")), "affinity:unrenderable:audio"),
+        (Given(lookup_error=LookupFailed("deadline")), "affinity:deadline"),
+        (Given(keys={}), "affinity:unknown-profile"),
+        (Given(available=False), "affinity:index-unavailable"),
+        (Given(error=RuntimeError("the user said: SECRET")), "affinity:defect"),
+        (Given(answer=MatchAnswer(unknown=(A, B))), "load:unknown-engines"),
+    ],
+)
+async def test_no_failure_fails_a_request(given: Given, reason: str, caplog: pytest.LogCaptureFixture) -> None:
+    decision = await decider(given, view(A), view(B)).decide(asked())
+    assert str(decision.choice.reason) == reason
+    assert len(decision.choice.terms) == 2
+    assert "SECRET" not in repr([vars(r) for r in caplog.records]) + decision.learnt.failure
+
+
+async def test_with_no_indexer_up_nothing_is_tokenised() -> None:
+    given = Given(available=False)
+    await decider(given, view(A)).decide(asked())
+    assert given.asked == 0
+
+
+@pytest.mark.parametrize("policy", [Policy.RANDOM, Policy.ROUND_ROBIN, Policy.LEAST_LOAD])
+async def test_other_policies_look_nothing_up(policy: Policy) -> None:
+    given = Given()
+    decision = await decider(given, view(A), view(B), policy=policy).decide(asked())
+    assert given.asked == 0
+    assert decision.choice.reason.cause is None
+    assert all(t.cached_tokens is None for t in decision.choice.terms)
+
+
+async def test_who_serves_a_model() -> None:
+    fleet = view(A), view(B, models=frozenset({"other"}))
+    assert (await decider(Given(), *fleet).decide(asked())).choice.engine.id == A
+    with pytest.raises(UnknownModel) as unknown:
+        await decider(Given(), *fleet).decide(asked(b'{"model": "none"}'))
+    assert list(unknown.value.served) == ["m", "other"]
+    with pytest.raises(NoEngine):
+        await decider(Given(), view(A, health=Health.DOWN)).decide(asked())
+    with pytest.raises(NoEngine):
+        await decider(Given()).decide(asked())
+
+
+async def test_a_model_served_only_by_engines_that_are_down_is_not_unknown() -> None:
+    fleet = view(A, health=Health.DOWN), view(B, models=frozenset({"other"}))
+    with pytest.raises(NoEngine):
+        await decider(Given(), *fleet).decide(asked())
+
+
+async def test_a_request_may_leave_out_the_only_model() -> None:
+    fleet = view(A, models=frozenset({"m", "lora"}), adapters=(Adapter("lora"),)), view(B)
+    assert (await decider(Given(), *fleet).decide(asked(b"{}"))).model == "m"
+    with pytest.raises(UnknownModel):
+        await decider(Given(), view(A), view(B, models=frozenset({"other"}))).decide(asked(b"{}"))
+
+
+async def test_the_home_of_a_response_goes_first() -> None:
+    made = decider(Given(error=NoTokens("unrenderable:previous_response_id")), view(A), view(B))
+    for engine in (A, B):
+        made.homes.remember("resp_1", engine)
+        decision = await made.decide(asked(b'{"model": "m", "previous_response_id": "resp_1"}'))
+        assert decision.choice.engine.id == engine
+
+
+async def test_addresses_with_several_ranks_are_pinned() -> None:
+    decision = await decider(Given(), view(A), view(EngineId("a:1", 1)), view(B)).decide(asked())
+    assert decision.pinned == {"a:1"}
