@@ -7,7 +7,7 @@ that need the network (a replay) are returned.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -77,17 +77,20 @@ class Engine:
         """Events by what became of them: applied, stored, removed, cleared, duplicate, gap, restart, or a rejection."""
         self.connected = True
         """False while its publisher, which is dialled, is not connected: whatever it publishes is lost."""
+        self.epoch = 0  # counts the lives of its cache
         self.heard_at: float | None = None
         self.lag_s = 0.0  # from the engine's `ts` of the last message to its being applied
         self._residency = residency
         self._bounds = bounds or Bounds()
         self._reannounces = reannounces
-        self._drop_last_blocks = drop_last_blocks
+        self.drop_last_blocks = drop_last_blocks
         self._doubted_at = float("-inf")
         self._due: frozenset[Medium] = frozenset()  # what is to be put in doubt when the time has come
         self._restarts: list[float] = []
         self._odd = ""  # a lasting reason not to be exact
         self._findings: list[Finding] = []
+        self._partitions = 1
+        self._ahead: dict[int, int] = {}  # partition -> the last message it has already, while behind ones catch up
 
     # -- what the index asks -------------------------------------------------------------------------------------------
 
@@ -128,7 +131,7 @@ class Engine:
         size = self.naming.block_size or 1
         exact = self.sync is Sync.EXACT
         places = self._residency.places(self.id)
-        return EngineGroups(self.id, exact, places, self.rules, size, self._drop_last_blocks)
+        return EngineGroups(self.id, exact, places, self.rules, size, self.drop_last_blocks)
 
     def blocks(self) -> dict[Medium, int]:
         return self._residency.blocks(self.id)
@@ -176,9 +179,13 @@ class Engine:
 
     def configure(self, *, reannounces: bool, drop_last_blocks: int) -> None:
         """What the configuration says of it."""
-        if (reannounces, drop_last_blocks) != (self._reannounces, self._drop_last_blocks):
-            self._reannounces, self._drop_last_blocks = reannounces, drop_last_blocks
+        if (reannounces, drop_last_blocks) != (self._reannounces, self.drop_last_blocks):
+            self._reannounces, self.drop_last_blocks = reannounces, drop_last_blocks
             self._residency.version += 1
+
+    def pass_over(self, partitions: int, ahead: Mapping[int, int]) -> None:
+        """Some partitions of the store already have messages that are to be applied again: up to which ones."""
+        self._partitions, self._ahead = partitions, dict(ahead)
 
     # -- effects -------------------------------------------------------------------------------------------------------
 
@@ -189,6 +196,7 @@ class Engine:
             effect = pending.popleft()
             match effect:
                 case Apply(message):
+                    self._ahead = {p: last for p, last in self._ahead.items() if last >= message.seq}
                     pending.extendleft(reversed(self._apply(message.batch, now)))
                 case BeginEpoch(reason):
                     self._begin_epoch(reason, now)
@@ -259,7 +267,7 @@ class Engine:
             elif size != self.naming.block_size and not self._odd:
                 self._odd = f"it has blocks of {self.naming.block_size} and of {size} tokens"
                 self._findings.append(Finding("mixed-block-sizes", self._odd))
-        keys = self.naming.stored(event)
+        keys = self._behind(self.naming.stored(event))
         self.counts["stored"] += len(keys)
         if not keys:
             return
@@ -273,10 +281,15 @@ class Engine:
             self._findings.append(Finding("too-many-blocks", self._odd))
 
     def _remove(self, event: BlockRemoved) -> None:
-        keys = self.naming.removed(event)
+        keys = self._behind(self.naming.removed(event))
         self.counts["removed"] += len(keys)
         missing = self._residency.remove(self.id, event.group, event.medium, keys)
         self.counts["removed-unknown"] += missing
+
+    def _behind(self, keys: Sequence[int]) -> Sequence[int]:
+        if not self._ahead:
+            return keys
+        return [key for key in keys if key % self._partitions not in self._ahead]
 
     def _clear(self, now: float) -> None:
         """The gpu's pool is empty; whether the other tiers went with it, the event does not say: they are in doubt."""
@@ -315,6 +328,8 @@ class Engine:
 
     def _begin_epoch(self, reason: str, now: float) -> None:
         self.counts["restart"] += 1
+        self.epoch += 1
+        self._ahead = {}
         self._residency.clear(self.id)
         self._residency.bury(self.naming.forget_names())
         self.naming.begin_epoch()

@@ -220,6 +220,25 @@ class KvIndex:
                 commands += self._forget(known)
         return commands
 
+    # -- engines that change hands ------------------------------------------------------------------------------------
+
+    def adopt(self, engine: EngineId, set_up: Callable[[Known], None], now: float) -> None:
+        """Takes in an engine another shard has left; `set_up` puts it where its last owner stood."""
+        if engine in self._known or (known := self._add(engine, now)) is None:
+            return
+        set_up(known)
+        self._stale.add(engine)
+
+    def abandon(self, address: str) -> list[Command]:
+        """Another shard owns it now: it is forgotten here."""
+        commands: list[Command] = []
+        for known in list(self._ranks.get(address, {}).values()):
+            commands += self._drop(known)
+        return commands
+
+    def known(self) -> tuple[Known, ...]:
+        return tuple(self._known.values())
+
     def watched(self) -> frozenset[EngineSpec]:
         """Engines to probe: those discovered, and those that have made themselves known."""
         wanted = dict(self._specs)

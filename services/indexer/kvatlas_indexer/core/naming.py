@@ -111,7 +111,7 @@ class Naming:
         self._may_reproduce = may_reproduce
         self._adapters = adapters
         self._others = others
-        self._extras_proven = False
+        self.extras_proven = False
         self._roots_failed = 0
         self._searched: Counter[bool] = Counter()  # full searches done, on roots that are (not) evidence
         self._told: set[str] = set()  # findings reported in this epoch
@@ -150,7 +150,7 @@ class Naming:
             return False
         if not self.verified:
             return len(self._names) <= RENAMES_MAX
-        return not self._extras_proven and (event.lora_id is not None or event.lora_name is not None or _salted(event))
+        return not self.extras_proven and (event.lora_id is not None or event.lora_name is not None or _salted(event))
 
     def _root(self, event: BlockStored) -> RootBlock:
         extras = event.extra_keys()
@@ -184,8 +184,8 @@ class Naming:
         found = next((profile for profile in candidates if reproduces(profile, root)), None) or self._search(root)
         if found is None:
             return self._unproven(root, says_extra_keys)
-        self._extras_proven = bool(root.untagged) or _adapted(root)
-        if not self._extras_proven and not says_extra_keys and found.extra_keys is ExtraKeys.TAGGED:
+        self.extras_proven = bool(root.untagged) or _adapted(root)
+        if not self.extras_proven and not says_extra_keys and found.extra_keys is ExtraKeys.TAGGED:
             found = replace(found, extra_keys=ExtraKeys.LORA_NAME)  # before 0.22, long before there were tags
         self.profile, self.verified = found, True
         return self._compare(found)
@@ -200,7 +200,7 @@ class Naming:
     def _refine(self, root: RootBlock, says_extra_keys: bool) -> list[Finding]:
         assert self.profile is not None
         if (refined := refine(self.profile, root)) is not None:
-            self.profile, self._extras_proven = refined, True
+            self.profile, self.extras_proven = refined, True
             return []
         if not (says_extra_keys and _is_evidence(root)):
             return []
@@ -282,9 +282,18 @@ class Naming:
                     self._dropped.popitem(last=False)
         return keys
 
+    @property
+    def reproduces(self) -> bool:
+        """Whether its blocks go by its own hashes, so that nothing but those is needed to go on with it."""
+        return self.mode is Mode.OWN
+
+    def resume(self, profile: HashProfile | None, verified: bool, extras_proven: bool, block_size: int | None) -> None:
+        """Goes on where another owner of the engine stood."""
+        self.profile, self.verified, self.extras_proven, self.block_size = profile, verified, extras_proven, block_size
+
     def begin_epoch(self) -> None:
         """The engine may have come back with other settings: its profile is to be proven again."""
-        self.verified = self._extras_proven = False
+        self.verified = self.extras_proven = False
         self.block_size = None
         self._roots_failed = 0
         self._searched.clear()

@@ -141,7 +141,7 @@ class Stream:
     def resume(
         self, *, last: int, ts: float, digest: int, standing: tuple[bool, str, float | None, float | None]
     ) -> None:
-        """Goes on where another owner of the engine stood. What was published since is asked for when it is attached."""
+        """Goes on where another owner of the engine stood; `on_returned` asks for what was published since."""
         self.last, self._last_ts, self._digests[last] = last, ts, digest
         self._whole, self._loss, self._epoch_ts, self._process_start = standing
         self._heard = True
