@@ -146,6 +146,12 @@ def _engine_options(parser: argparse.ArgumentParser) -> None:
         help="1: about one large GPU with a 32B model; 0: no time at all (default: 1)",
     )
     add("--seed", type=int, default=0, help="of the answers (default: 0)")
+    add(
+        "--debug",
+        action="store_true",
+        help="answer GET /debug/block_table (the blocks it holds) and POST /debug/faults (what goes wrong with its "
+        "next event messages and replays); for tests",
+    )
 
 
 def _replay_options(parser: argparse.ArgumentParser) -> None:
@@ -218,6 +224,7 @@ def _run_engine(args: argparse.Namespace) -> int:
         api_key=args.api_key,
         time_model=TimeModel(speed=args.speed) if args.speed else NO_TIME,
         seed=args.seed,
+        debug=args.debug,
     )
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(config, args.first_seq))

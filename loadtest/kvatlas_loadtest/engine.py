@@ -60,6 +60,7 @@ class EngineConfig:
     time_model: TimeModel = field(default_factory=TimeModel)
     seed: int = 0
     answer_tokens: int = 64
+    debug: bool = False  # `/debug/block_table` and `/debug/faults` are answered, see `debug.py`
 
     def __post_init__(self) -> None:
         self.profile()
@@ -221,6 +222,7 @@ class SimulatedEngine:
             answer_tokens=config.answer_tokens,
             api_key=config.api_key,
             version=f"{config.version}.0",
+            debug=config.debug,
         )
         return EngineApi(serving, ranks, prompter, vocabulary, self.clock, self.clock())
 

@@ -19,6 +19,7 @@ from aiohttp import web
 from kvatlas_common.blocks.extras import Lora, PromptExtras
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.fleet import Adapter
+from kvatlas_loadtest import debug
 from kvatlas_loadtest.generation import Generation
 from kvatlas_loadtest.hashing import PromptChain, published_extra_keys
 from kvatlas_loadtest.metrics import metrics_page
@@ -36,7 +37,10 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What an engine serves, and how. `root`: the model's files, as `/v1/models` names them."""
+    """What an engine serves, and how. `root`: the model's files, as `/v1/models` names them.
+
+    `debug`: it answers `/debug/*` too, which no engine of vLLM's does.
+    """
 
     model: str
     root: str
@@ -47,6 +51,7 @@ class Serving:
     answer_tokens: int
     api_key: str | None
     version: str
+    debug: bool = False
 
 
 @dataclass(slots=True)
@@ -74,6 +79,9 @@ class EngineApi:
             "/metrics": ("GET", self._metrics),
             "/version": ("GET", self._version),
         }
+        if self.serving.debug:
+            self._routes["/debug/block_table"] = ("GET", self._block_table)
+            self._routes["/debug/faults"] = ("POST", self._faults)
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Every request goes through here."""
@@ -197,6 +205,15 @@ class EngineApi:
 
     async def _version(self, request: web.BaseRequest) -> web.Response:
         return _json({"version": self.serving.version})
+
+    async def _block_table(self, request: web.BaseRequest) -> web.Response:
+        return web.Response(body=debug.block_tables(self.ranks), content_type="application/json")
+
+    async def _faults(self, request: web.BaseRequest) -> web.Response:
+        try:
+            return _json(debug.set_faults(self.ranks, await request.read()))
+        except ValueError as error:
+            raise ApiError(400, f"{error}") from None
 
     def _authorised(self, request: web.BaseRequest) -> bool:
         key = self.serving.api_key

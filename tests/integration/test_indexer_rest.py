@@ -167,6 +167,22 @@ async def test_what_is_no_key_is_refused(client: Client, key: str) -> None:
     assert (status, refusal["error"]["code"]) == (400, "invalid_key")
 
 
+async def test_many_blocks_at_once(client: Client) -> None:
+    async def ask(**body: Any) -> tuple[int, Any]:
+        async with client.session.post(client.base + "/v1/blocks", json=body) as response:
+            return response.status, await response.json()
+
+    _, first = await client.get(f"/v1/blocks/{BIG}?model=m")
+    _, second = await client.get("/v1/blocks/1?model=m")
+    assert first["holders"]
+    assert not second["holders"]
+    assert await ask(model="m", keys=[hex(BIG), 1, BIG]) == (200, {"blocks": [first, second, first]})
+    assert (await ask(keys=[1]))[1]["error"]["code"] == "model_required"
+    assert (await ask(model="who", keys=[1]))[0] == 404
+    assert (await ask(model="m", keys=[-1]))[1]["error"]["message"].startswith("keys.0: -1 is not a block key")
+    assert (await ask(model="m", keys=[1] * 1025))[0] == 400
+
+
 async def test_a_match_of_keys_as_numbers_and_strings(client: Client) -> None:
     status, answer = await client.match(model="m", keys=[1, "2", hex(BIG), BIG], engines=["10.0.0.1:8000/dp1"])
     assert client.index.asked == [("m", {NEW: [1, 2, BIG, BIG]}, (SECOND,))]

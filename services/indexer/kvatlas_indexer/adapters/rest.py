@@ -21,9 +21,16 @@ from kvatlas_common.blocks.extras import Lora, PromptExtras, UnknownExtra
 from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.fleet import EngineView, Sync
-from kvatlas_common.words import EngineId, Medium
+from kvatlas_common.words import BlockKey, EngineId, Medium
 from kvatlas_indexer.adapters.http_server import LimitBody, serve
-from kvatlas_indexer.adapters.rest_json import MatchBody, block_key, engine_json, holders_json, match_json
+from kvatlas_indexer.adapters.rest_json import (
+    BlocksBody,
+    MatchBody,
+    block_key,
+    engine_json,
+    holders_json,
+    match_json,
+)
 from kvatlas_indexer.core.contracts import Index, IndexUnavailable, UnknownModel
 
 __all__ = ["build_app", "serve"]
@@ -91,6 +98,12 @@ def _add_lookups(app: FastAPI, index: Index, blocks: Blocks | None) -> None:
             raise Refused(400, f"key: {error}", "invalid_key") from error
         model = model or _only_model(index)
         return JSONResponse(holders_json(model, number, await index.holders(model, number)))
+
+    @app.post("/v1/blocks")
+    async def blocks_of(body: BlocksBody) -> JSONResponse:
+        model, keys = body.model or _only_model(index), [BlockKey(key) for key in body.keys]
+        found = await asyncio.gather(*(index.holders(model, key) for key in keys))
+        return JSONResponse({"blocks": [holders_json(model, *each) for each in zip(keys, found, strict=True)]})
 
     @app.post("/v1/match")
     async def match(body: MatchBody) -> JSONResponse:

@@ -17,6 +17,7 @@ from kvatlas_common.words import KEY_MASK, BlockKey, EngineId, Medium
 
 TOKENS_MAX = 1_048_576
 KEYS_MAX = 65_536
+BLOCKS_MAX = 1_024
 ENGINES_MAX = 4_096
 
 Json = dict[str, Any]
@@ -70,6 +71,15 @@ class MatchBody(BaseModel):
         if self.keys is not None and self.cache_salt is not None:
             raise ValueError("cache_salt goes with token_ids: keys have it in them already")
         return self
+
+
+class BlocksBody(BaseModel):
+    """`POST /v1/blocks`: who holds each of these blocks. `model` may be left out where all engines serve the same."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str | None = Field(None, min_length=1, max_length=1024)
+    keys: list[Key] = Field(max_length=BLOCKS_MAX)
 
 
 def engine_json(view: EngineView, blocks: Mapping[Medium, int] | None) -> Json:
