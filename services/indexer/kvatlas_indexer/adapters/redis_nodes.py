@@ -77,6 +77,12 @@ class Node:
         for connection in idle:
             await connection.disconnect(nowait=True)
 
+    async def aclose(self) -> None:
+        """When no exchange is under way any more."""
+        idle, self._idle = self._idle, []
+        for connection in idle:
+            await connection.disconnect()
+
 
 async def _reply(connection: AbstractConnection) -> Any:
     try:
@@ -108,7 +114,7 @@ class SingleTopology:
         await self._node.drop_idle()
 
     async def aclose(self) -> None:
-        await self._node.drop_idle()
+        await self._node.aclose()
 
 
 class SentinelTopology:
@@ -136,7 +142,7 @@ class SentinelTopology:
 
     async def aclose(self) -> None:
         if self._node is not None:
-            await self._node.drop_idle()
+            await self._node.aclose()
         for client in self._sentinel.sentinels:
             await client.aclose()
 
@@ -173,8 +179,8 @@ class ClusterTopology:
             except TimeoutError:
                 why = RedisConnectionError(f"{asked.name}: no answer within {self._ask_s} s")
             finally:
-                if address not in self._nodes:
-                    await asked.drop_idle()
+                if asked is not self._nodes.get(address):
+                    await asked.aclose()
         raise why
 
     async def _take(self, ranges: list[list[Any]], asked: Address) -> None:
@@ -195,7 +201,7 @@ class ClusterTopology:
 
     async def aclose(self) -> None:
         for node in self._nodes.values():
-            await node.drop_idle()
+            await node.aclose()
 
 
 def topology_of(url: StoreUrl, tags: Sequence[bytes], *, connect_s: float, connections_max: int) -> Topology:
