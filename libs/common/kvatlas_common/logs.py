@@ -2,7 +2,7 @@
 
 Code logs with the standard library, `log.info("engine down", extra={"engine": str(engine)})`; what is in `extra`
 becomes fields. Lines are JSON unless a person is watching. Whatever can happen once per message or request goes through
-`LimitedLog`, which says how many lines it held back.
+`LimitedLog`, which says how many lines it held back. Libraries do not, so what they warn of is limited here.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _DEPTH_MAX = 4
+FOREIGN_INTERVAL_S = 30.0
 
 
 def setup_logs(stream: TextIO, level: LogLevel = "info", style: LogFormat = "auto") -> None:
@@ -28,6 +30,7 @@ def setup_logs(stream: TextIO, level: LogLevel = "info", style: LogFormat = "aut
     handler = logging.StreamHandler(stream)
     readable = style == "text" or (style == "auto" and stream.isatty())
     handler.setFormatter(TextFormatter() if readable else JsonFormatter())
+    handler.addFilter(ForeignLimit(FOREIGN_INTERVAL_S, time.monotonic))
     root = logging.getLogger()
     for old in list(root.handlers):
         root.removeHandler(old)
@@ -65,6 +68,42 @@ class TextFormatter(logging.Formatter):
         if record.exc_info and record.exc_info[1] is not None:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+class ForeignLimit(logging.Filter):
+    """Libraries write a line for every request they cannot read, and anybody can send such: a full disk is for free.
+
+    Of warnings and errors by loggers that are not ours, one line passes per place in the code (and place of what was
+    raised) and interval; it says in `suppressed` how many were held back before it. `clock` gives seconds, monotonic.
+    """
+
+    def __init__(self, interval_s: float, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._interval_s = interval_s
+        self._clock = clock
+        self._held: dict[tuple[object, ...], _Held] = {}  # as many as there are places in the code
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING or record.name.startswith("kvatlas"):
+            return True
+        place, now = (record.name, record.pathname, record.lineno, *_raised_at(record)), self._clock()
+        held = self._held.get(place)
+        if held is not None and now - held.since < self._interval_s:
+            held.suppressed += 1
+            return False
+        if held is not None and held.suppressed:
+            record.suppressed = held.suppressed
+        self._held[place] = _Held(now)
+        return True
+
+
+def _raised_at(record: logging.LogRecord) -> tuple[object, ...]:
+    if not record.exc_info or record.exc_info[2] is None:
+        return ()
+    trace = record.exc_info[2]
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return (record.exc_info[0], trace.tb_frame.f_code.co_filename, trace.tb_lineno)
 
 
 @dataclass(slots=True)

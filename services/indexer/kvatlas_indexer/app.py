@@ -96,7 +96,7 @@ class Indexer:
         self.grpc_address = f"{host}:{await grpc.start(host, port)}"
         self._stack.push_async_callback(grpc.stop, settings.drain_s)
         registry = CollectorRegistry()
-        registry.register(IndexMetrics(self.index, self.accuracy, self._source.received))
+        registry.register(IndexMetrics(self.index, self.accuracy, self._source.received, grpc.observed))
         host, port = _split(settings.rest_listen)
         app = build_app(self._local, ready=lambda: self.ready, registry=registry, blocks=self._blocks)
         rest = await serve(app, host, port)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvatlas_common.logs import JsonFormatter, LimitedLog, LogFormat, TextFormatter, setup_logs
+from kvatlas_common.logs import ForeignLimit, JsonFormatter, LimitedLog, LogFormat, TextFormatter, setup_logs
 from kvatlas_common.words import EngineId, Medium
 
 log = logging.getLogger("kvatlas_test.logs")
@@ -111,6 +111,39 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.seen.append((record.getMessage(), record.__dict__.get("suppressed", 0)))
+
+
+def test_what_libraries_warn_of_is_limited_by_its_place() -> None:
+    now = [0.0]
+    lines, theirs, ours = Lines(), logging.Logger("library.http"), logging.Logger("kvatlas_router.http")
+    lines.addFilter(ForeignLimit(30.0, lambda: now[0]))
+    for logger in (theirs, ours):
+        logger.addHandler(lines)
+
+    def happen() -> None:
+        theirs.info("fine")
+        theirs.warning("garbage from %s", "a stranger")
+        ours.warning("mine")
+        for error in (ValueError("a"), KeyError("b")):
+            try:
+                raise error
+            except LookupError:
+                theirs.exception("broken")
+            except ValueError:
+                theirs.exception("broken")
+
+    happen()
+    first = [("fine", 0), ("garbage from a stranger", 0), ("mine", 0), ("broken", 0), ("broken", 0)]
+    assert lines.seen == first
+    happen()
+    assert lines.seen == [*first, ("fine", 0), ("mine", 0)]
+    now[0], lines.seen = 30.0, []
+    happen()
+    assert [(text, suppressed) for text, suppressed in lines.seen if suppressed] == [
+        ("garbage from a stranger", 1),
+        ("broken", 1),
+        ("broken", 1),
+    ]
 
 
 def test_a_limited_log_says_how_much_it_held_back() -> None:

@@ -2,7 +2,7 @@
 
 A request that cannot be answered is told why: `INVALID_ARGUMENT` names the field, `NOT_FOUND` the model,
 `RESOURCE_EXHAUSTED` the limit. An observation that does not parse costs itself, not the stream it came in: routers of a
-later version may say more than this one understands.
+later version may say more than this one understands. Bytes that are no message at all are counted.
 
 Stopping drains: health turns to NOT_SERVING, the endless streams end with UNAVAILABLE (routers go to another shard),
 lookups under way are answered.
@@ -13,17 +13,20 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
 from kvatlas_common import wire
+from kvatlas_common.logs import LimitedLog
 from kvatlas_common.observations import Observation
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as pb_grpc
@@ -36,6 +39,9 @@ log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["KvIndex"].full_name
 PROFILES_MAX = 16
 MESSAGE_OVERHEAD_BYTES = 1 << 20  # names, engine subsets, framing
+LOG_INTERVAL_S = 30.0  # what anybody can cause is logged so often
+ROUTER_CHARS_MAX = 256
+GRPC_LOG = logging.getLogger("grpc._cython.cygrpc")
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[object, object]
@@ -59,6 +65,7 @@ class Observed:
 
     received: int = 0
     refused: int = 0  # did not parse
+    unreadable: int = 0  # requests of any kind that are no protobuf
 
 
 class GrpcServer:
@@ -69,6 +76,8 @@ class GrpcServer:
         options = options or GrpcOptions()
         self._draining = asyncio.Event()
         self._health = health_aio.HealthServicer()
+        limited = LimitedLog(log, LOG_INTERVAL_S, time.monotonic)
+        self._unreadable = _Unreadable(self.observed, limited)
         limit = options.message_bytes_max
         self._server = grpc.aio.server(
             options=(
@@ -81,7 +90,14 @@ class GrpcServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ),
         )
-        servicer = _KvIndex(index, on_observation, options, self.observed, self._draining)
+        servicer = _KvIndex(
+            index=index,
+            on_observation=on_observation,
+            options=options,
+            observed=self.observed,
+            draining=self._draining,
+            limited=limited,
+        )
         pb_grpc.add_KvIndexServicer_to_server(servicer, self._server)  # type: ignore[no-untyped-call]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
@@ -96,6 +112,7 @@ class GrpcServer:
             bound = self._server.add_insecure_port(address)
         except RuntimeError as error:  # gRPC does not say why
             raise AddressUnavailable("gRPC", address, str(error), "Check --grpc-listen.") from error
+        GRPC_LOG.addFilter(self._unreadable)
         await self._server.start()
         for service in ("", SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
@@ -106,22 +123,46 @@ class GrpcServer:
         await self._health.enter_graceful_shutdown()
         self._draining.set()
         await self._server.stop(grace_s)
+        GRPC_LOG.removeFilter(self._unreadable)
+
+
+class _Unreadable(logging.Filter):
+    """gRPC logs bytes that are no message as an error of the service, with a traceback each: anybody could fill a disk.
+
+    They are counted instead, with a line now and then.
+    """
+
+    def __init__(self, observed: Observed, limited: LimitedLog) -> None:
+        super().__init__()
+        self._observed = observed
+        self._limited = limited
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, DecodeError):
+            return True
+        self._observed.unreadable += 1
+        self._limited.warning("unreadable", "a gRPC request cannot be read", why=str(error))
+        return False
 
 
 class _KvIndex(pb_grpc.KvIndexServicer):
     def __init__(
         self,
+        *,
         index: Index,
         on_observation: OnObservation,
         options: GrpcOptions,
         observed: Observed,
         draining: asyncio.Event,
+        limited: LimitedLog,
     ) -> None:
         self._index = index
         self._on_observation = on_observation
         self._options = options
         self._observed = observed
         self._draining = draining
+        self._limited = limited
 
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchResponse:
         keys_max = self._options.keys_max
@@ -143,7 +184,8 @@ class _KvIndex(pb_grpc.KvIndexServicer):
         return wire.match_response(answer)
 
     async def WatchFleet(self, request: pb.WatchFleetRequest, context: Context) -> AsyncIterator[pb.FleetUpdate]:
-        log.info("router %r watches the fleet", request.router)
+        router = request.router[:ROUTER_CHARS_MAX]
+        self._limited.info(f"watch {router}", "a router watches the fleet", router=router)
         deltas = cast(AsyncGenerator[FleetDelta, None], self._index.watch())
         async with aclosing(deltas), aclosing(_until(self._draining, deltas)) as current:
             async for delta in current:
@@ -155,7 +197,7 @@ class _KvIndex(pb_grpc.KvIndexServicer):
         await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
 
     async def Observe(self, requests: AsyncIterator[pb.Observation], context: Context) -> pb.ObserveSummary:
-        received = refused = 0
+        received = 0
         async with aclosing(_until(self._draining, aiter(requests))) as current:
             async for message in current:
                 received += 1
@@ -163,10 +205,10 @@ class _KvIndex(pb_grpc.KvIndexServicer):
                 try:
                     observation = wire.observation(message)
                 except ValueError as error:
-                    refused += 1
                     self._observed.refused += 1
-                    if refused == 1:  # one line per stream, however many follow
-                        log.warning("an observation from %s is not understood: %s", context.peer(), error)
+                    self._limited.warning(
+                        "observation", "an observation is not understood", peer=context.peer(), why=str(error)
+                    )
                     continue
                 self._on_observation(observation)
         if self._draining.is_set():

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvatlas_common.http11 import Http11
 from kvatlas_indexer.adapters.addresses import AddressUnavailable, unavailable
 
 BACKLOG = 512
@@ -79,6 +80,7 @@ async def serve(app: ASGIApp, host: str, port: int, *, grace_s: int = 5) -> Http
         log_config=None,
         access_log=False,
         lifespan="off",
+        http=Http11,
         ws="none",
         server_header=False,
         backlog=BACKLOG,

@@ -9,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from kvatlas_common.fleet import Sync
 from kvatlas_common.words import Medium
+from kvatlas_indexer.adapters.grpc_server import Observed
 from kvatlas_indexer.adapters.zmq_source import Received
 from kvatlas_indexer.core.accuracy import Accuracy
 from kvatlas_indexer.core.index import KvIndex
@@ -18,7 +19,8 @@ ENGINES_LABELLED_MAX = 512
 
 
 class IndexMetrics(Collector):
-    def __init__(self, index: KvIndex, accuracy: Accuracy, received: Received) -> None:
+    def __init__(self, index: KvIndex, accuracy: Accuracy, received: Received, observed: Observed) -> None:
+        self._observed = observed
         self._index = index
         self._accuracy = accuracy
         self._received = received
@@ -72,6 +74,10 @@ class IndexMetrics(Collector):
         for kind, count in accuracy.seen.items():
             seen.add_metric([kind], count)
         yield seen
+        yield CounterMetricFamily(f"{name}observations_refused", "Not understood", value=self._observed.refused)
+        yield CounterMetricFamily(
+            f"{name}grpc_unreadable", "gRPC requests not readable", value=self._observed.unreadable
+        )
         yield CounterMetricFamily(f"{name}predictions_compared", "Held against the engine", value=accuracy.compared)
         yield CounterMetricFamily(f"{name}predictions_equal", "Of those, equal to the token", value=accuracy.equal)
         tokens = CounterMetricFamily(

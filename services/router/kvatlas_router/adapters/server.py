@@ -10,6 +10,8 @@ from typing import Any
 
 import uvicorn
 
+from kvatlas_common.http11 import Http11
+
 CLIENT_KEEPALIVE_S = 75  # longer than load balancers in front usually keep idle connections (60 s)
 
 
@@ -29,6 +31,7 @@ class HttpServer:
             uvicorn.Config(
                 app,
                 loop="none",
+                http=Http11,
                 ws="none",
                 lifespan="off",
                 log_config=None,
