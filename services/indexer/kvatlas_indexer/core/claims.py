@@ -1,7 +1,8 @@
 """Who may speak for an engine.
 
 A listened message says in its topic which engine it comes from; nothing proves it. What can be held against it: the
-address ZeroMQ saw it come from, the engines we dial ourselves, and the models the named engine serves.
+address ZeroMQ saw it come from, the engines we dial ourselves, and the models the named engine serves. A name whose host
+is the very address it comes from is the speaker's own: nobody else gets it, however long its owner is silent.
 """
 
 from __future__ import annotations
@@ -43,8 +44,9 @@ class Claims:
             return (
                 f"{peer} publishes as {address} for model {topic.model!r}, which that engine does not serve ({served})"
             )
-        claim = self._claims.get(address)
-        if claim is not None and claim.peer != peer and now - claim.heard_at < self._lease_s:
+        claim, own = self._claims.get(address), topic.host.strip("[]")
+        held = claim is not None and (claim.peer == own or now - claim.heard_at < self._lease_s)
+        if claim is not None and held and peer not in {claim.peer, own}:
             return f"{peer} publishes under the name {address}, which {claim.peer} uses: give each engine its own topic"
         if claim is None and len(self._claims) >= CLAIMS_MAX:
             self._claims.popitem(last=False)
