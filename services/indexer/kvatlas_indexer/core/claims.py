@@ -1,8 +1,8 @@
 """Who may speak for an engine.
 
 A listened message says in its topic which engine it comes from; nothing proves it. What can be held against it: the
-address ZeroMQ saw it come from, the engines we dial ourselves, and the models the named engine serves. A name whose host
-is the very address it comes from is the speaker's own: nobody else gets it, however long its owner is silent.
+address ZeroMQ saw it come from, the engines we dial ourselves, and the models the named engine serves. A name whose
+host is the very address it comes from is the speaker's own: nobody else gets it, however long its owner is silent.
 """
 
 from __future__ import annotations
