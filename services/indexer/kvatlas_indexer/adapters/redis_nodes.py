@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection, UnixDomainSocketConnection
+from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -229,6 +231,7 @@ def topology_of(url: StoreUrl, tags: Sequence[bytes], *, connect_s: float, conne
             "password": url.options.get("sentinel_password"),
             "socket_connect_timeout": connect_s,
             "socket_timeout": connect_s,
+            "retry": Retry(NoBackoff(), 0),
             "ssl": url.tls,
             **url.tls_arguments(),
         }
