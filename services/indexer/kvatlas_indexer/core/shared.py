@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from kvatlas_common.fleet import EngineView, Fleet, Sync
 from kvatlas_common.matching import Holder
 from kvatlas_common.words import EngineId, Medium
+from kvatlas_indexer.core.block_values import BlockMasks
 from kvatlas_indexer.core.contracts import UnknownModel
 from kvatlas_indexer.core.match import EngineGroups, Plan
 from kvatlas_indexer.core.projection import RECORD
 from kvatlas_indexer.core.records import EngineRecord
 from kvatlas_indexer.core.slots import Place, Slot
 
-VALUES_REMEMBERED_MAX = 4096
 MODELS_PLANNED_MAX = 256
 
 
@@ -27,11 +27,11 @@ class SharedFleet:
     def __init__(self, records: Iterable[EngineRecord] = ()) -> None:
         self._records = {record.view().id: record for record in records}
         self.fleet = Fleet.of(record.view() for record in self._records.values())
-        self._bits: dict[int, int] = {}
         self._slots: dict[int, Slot] = {}
         self._places = {engine: self._placed(engine, record) for engine, record in self._records.items()}
+        self.live_slots = frozenset(self._slots)
         self._plans: dict[str, tuple[dict[str, Plan], tuple[EngineId, ...]]] = {}
-        self._remembered: dict[bytes, int] = {}
+        self._masks = BlockMasks(self._slots)
 
     def plan(self, model: str) -> tuple[Mapping[str, Plan], tuple[EngineId, ...]]:
         """Per hash profile how its engines are matched, and the engines of which nothing is known.
@@ -46,14 +46,7 @@ class SharedFleet:
 
     def masks(self, values: Sequence[bytes | None]) -> list[int]:
         """Block values to masks of live holders; 0 for a block nobody holds."""
-        masks: list[int] = []
-        last: bytes | None = None
-        mask = 0
-        for value in values:
-            if value != last:
-                last, mask = value, self._mask(value) if value else 0
-            masks.append(mask)
-        return masks
+        return self._masks.masks(values)
 
     def holders(self, model: str, value: bytes | None) -> tuple[Holder, ...]:
         """Raises `UnknownModel`."""
@@ -65,17 +58,6 @@ class SharedFleet:
                 doubtful = slot.doubtful_since is not None
                 found.append(Holder(slot.engine, slot.group, slot.medium, copies, doubtful))
         return tuple(found)
-
-    def _mask(self, value: bytes) -> int:
-        mask = self._remembered.get(value)
-        if mask is None:
-            if len(self._remembered) >= VALUES_REMEMBERED_MAX:
-                self._remembered.clear()
-            mask, bits = 0, self._bits
-            for number, _ in RECORD.iter_unpack(value[: len(value) // RECORD.size * RECORD.size]):
-                mask |= bits.get(number, 0)
-            self._remembered[value] = mask
-        return mask
 
     def _placed(self, engine: EngineId, record: EngineRecord) -> dict[tuple[int, Medium], Place]:
         places: dict[tuple[int, Medium], Place] = {}
@@ -92,7 +74,6 @@ class SharedFleet:
 
     def _slot(self, number: int, engine: EngineId, group: int, medium: Medium) -> Slot:
         slot = self._slots[number] = Slot(len(self._slots), engine, group, medium)
-        self._bits[number] = slot.bit
         return slot
 
     def _planned(self, model: str) -> tuple[dict[str, Plan], tuple[EngineId, ...]]:
