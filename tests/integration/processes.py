@@ -172,10 +172,12 @@ async def indexer(folder: Path, name: str, *options: str, again: Indexer | None 
 
 
 @contextlib.asynccontextmanager
-async def router(folder: Path, name: str, *options: str, indexer: str) -> AsyncIterator[Router]:
-    """`indexer`: where it is, or was."""
+async def router(
+    folder: Path, name: str, *options: str, indexer: str, command: str = "router"
+) -> AsyncIterator[Router]:
+    """`indexer`: where it is, or was. `command`: `up` where its indexer is in the same process."""
     ports = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0", "--indexer", indexer)
-    async with Router(name, folder, ["kvatlas_cli", "router", *ports, *options]) as started:
+    async with Router(name, folder, ["kvatlas_cli", command, *ports, *options]) as started:
         line = await started.says(lambda line: line.get("event") == "router listens", "listening")
         started.url, started.admin = (f"http://127.0.0.1:{line[port]}" for port in ("port", "admin_port"))
         yield started

@@ -8,19 +8,24 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
+import pytest
 
 from kvatlas_loadtest.engine import EngineConfig
 from tests.integration.fault_kit import BRISK, client, failures, flags, load, precise, ready_engines, simulated
 from tests.integration.processes import Router, indexer, router, until
 
 
-async def test_a_router_told_to_end_finishes_what_is_under_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["router", "up"])
+async def test_a_router_told_to_end_finishes_what_is_under_way(command: str, tmp_path: Path) -> None:
+    """In one process with its indexer, too: then the streams between them break from both ends at once."""
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         session = await enter(client())
         engines = await enter(simulated(EngineConfig(time_model=BRISK), EngineConfig(time_model=BRISK)))
-        listed = [flag for e in engines for flag in flags(e)]
-        routing = await enter(router(tmp_path, "router", *listed, "--drain-delay-s", "1", indexer="127.0.0.1:9"))
+        options = [*(flag for e in engines for flag in flags(e)), "--drain-delay-s", "1"]
+        if command == "up":
+            options += ["--grpc-listen", "127.0.0.1:0", "--rest-listen", "127.0.0.1:0", "--zmq-listen", ""]
+        routing = await enter(router(tmp_path, command, *options, indexer="127.0.0.1:9", command=command))
         await ready_engines(session, routing, 2)
 
         async with load(session, routing.url, workers=8, max_tokens=100) as traffic:

@@ -113,7 +113,15 @@ def _serving(policy: str, engines: tuple[SimulatedEngine, ...]) -> Any:
         {"zmq_listen": (), "grpc_listen": "127.0.0.1:0", "rest_listen": "127.0.0.1:0"}
     )
     router = RouterSettings.model_validate(
-        {"host": "127.0.0.1", "port": 0, "admin_port": 0, "policy": policy, "seed": 1, "lookup_deadline_ms": 200}
+        {
+            "host": "127.0.0.1",
+            "port": 0,
+            "admin_port": 0,
+            "policy": policy,
+            "seed": 1,
+            "lookup_deadline_ms": 200,
+            "drain_delay_s": 0,
+        }
     )
     return local.serving(indexer, router, engines, os.environ)
 

@@ -66,7 +66,7 @@ async def serving(
         )
         router = Router(asked, environ)
         await router.start()
-        stack.push_async_callback(router.stop)
+        stack.push_async_callback(router.stop, router_settings.drain_delay_s)
         yield LocalStack(tuple(engines), indexer, router)
 
 
