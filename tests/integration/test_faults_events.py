@@ -107,16 +107,16 @@ async def _connected(index: Index, engine: SimulatedEngine) -> bool:
     return bool(known) and known["health"] == "ready" and "not connected" not in known["inexact_reason"]
 
 
-@pytest.mark.parametrize("fault", ["drop", "duplicate", "swap"])
-async def test_messages_that_go_wrong_are_made_good_by_replay(fault: str, tmp_path: Path) -> None:
+async def test_messages_that_go_wrong_are_made_good_by_replay(tmp_path: Path) -> None:
     async with watched(tmp_path, replay=True) as one:
-        setattr(one.engine.publisher().faults, fault, 2)
-        await one.asked()
-        assert getattr(one.engine.publisher().faults, fault) == 0, "it has happened"
-        await one.agrees()
-        assert await one.counted("loss") == await one.counted("restart") == 0
-        if fault == "duplicate":
-            assert await one.counted("duplicate") == 2
+        for fault in ("drop", "duplicate", "swap"):
+            faults = one.engine.publisher().faults
+            setattr(faults, fault, 2)
+            await one.asked()
+            assert getattr(faults, fault) == 0, f"{fault} has happened"
+            await one.agrees()
+            assert await one.counted("loss") == await one.counted("restart") == 0, fault
+        assert await one.counted("duplicate") >= 2
 
 
 async def test_without_replay_a_loss_is_said_and_what_was_known_stays(tmp_path: Path) -> None:
@@ -146,17 +146,17 @@ async def test_a_replay_that_nobody_answers_is_asked_again(tmp_path: Path) -> No
         assert await one.counted("loss") == 0
 
 
-@pytest.mark.parametrize("lost", [0, 3])
-async def test_an_engine_that_restarts_is_known_anew(lost: int, tmp_path: Path) -> None:
-    """With `lost`, the first message heard of its new life has a higher number than the last one of the old."""
+async def test_an_engine_that_restarts_is_known_anew(tmp_path: Path) -> None:
+    """When messages are lost, the first one heard of its new life has a higher number than the last one of the old."""
     async with watched(tmp_path, replay=True) as one:
-        before = one.engine.publisher().next_seq
-        await one.engine.restart()
-        one.engine.publisher().faults.drop = before + lost if lost else 0
-        while one.engine.publisher().next_seq < before + 2 * lost + 1:
-            await one.asked(1)
-        await one.agrees()
-        assert await one.counted("restart") == 1
+        for restarts, lost in enumerate((0, 3), 1):
+            before = one.engine.publisher().next_seq
+            await one.engine.restart()
+            one.engine.publisher().faults.drop = before + lost if lost else 0
+            while one.engine.publisher().next_seq < before + 2 * lost + 1:
+                await one.asked(1)
+            await one.agrees()
+            assert await one.counted("restart") == restarts
 
 
 @pytest.mark.parametrize("replay", [True, False])
