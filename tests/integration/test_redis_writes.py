@@ -19,7 +19,7 @@ from kvatlas_loadtest.valkey import Valkey
 from tests.integration.redis_kit import SOON, START, A, B, fresh_prefix, opened, own, put, read, stored, table, writes
 
 KEYS = [0, 1, 2, 3, 5, 255, 0x0D0A_0D0A_0D0A_0D0A, 2**63, 2**64 - 1]
-SLOTS = [1, 256, 0x0101_0101, 0x0101_0102, 0x0D0A_2431, 2**32 - 1]
+SLOTS = [1, 256, 0x0001_0101, 0x0101_0101, 0x0101_0102, 0x0D0A_2431, 2**32 - 1]
 """Numbers whose bytes look like those of each other's records, shifted."""
 
 
@@ -40,6 +40,18 @@ async def test_a_block_nobody_holds_leaves_nothing_behind(single: Valkey) -> Non
         await put(store, A, {7: {1: 1}, 8: {1: 1}})
         await put(store, A, {7: {1: 0}, 8: {1: 0}})
         assert await client.command(0, "KEYS", client.key(0, "b*")) == []
+
+
+async def test_a_record_is_not_found_across_two_others(url: str) -> None:
+    """0x00010101 with one copy reads 00 01 01 01 01: the slot 0x01010101 is not in it."""
+    async with stored(url) as store:
+        await own(store, A)
+        await put(store, A, {0x0001_0101: {1: 1}, 0x0101_0000: {1: 1}})
+        await put(store, A, {0x0101_0101: {1: 0}})
+        assert await table(store, SLOTS) == {(0x0001_0101, 1): 1}
+        await put(store, A, {0x0101_0101: {1: 3}})
+        await put(store, A, {0x0001_0101: {1: 0}})
+        assert read(await store.lookup([1])) == [{0x0101_0000: 1, 0x0101_0101: 3}]
 
 
 async def test_who_has_been_replaced_writes_nothing_in_any_partition(url: str) -> None:
@@ -111,6 +123,7 @@ async def test_a_publication_that_broke_off_is_not_trusted(single: Valkey) -> No
         assert await store.positions([(A, 1)]) == {A: [Outcome.BEHIND]}
         await put(store, A, {7: {1: 0}}, expect=Outcome.BEHIND)
         assert await other.raise_fence(A, 2) == [None]
+        await put(other, A, {7: {1: 0}}, fence=2, expect=Outcome.BEHIND)
         await put(other, A, {9: {1: 1}}, fence=2, whole=True)
         assert await other.positions([(A, 2)]) == {A: [Outcome.OK]}
 

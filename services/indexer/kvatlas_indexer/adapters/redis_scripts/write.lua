@@ -4,7 +4,7 @@
 --       then per slot: its number (4 bytes), how many of the blocks are its, and a byte of copies for each (0: gone).
 -- mode 'normal': the state must be there, trusted, and at `acked` or later; 'next': a further part, right after turn
 -- `acked`; 'whole': whatever is there, it is published again. Between the first part and the last the state is `dirty`.
--- A turn is used once and they rise: a write that comes late, after a later one, changes nothing.
+-- A turn is used once and they rise: a write that comes twice, or late, after a later one, changes nothing.
 -- Replies {0 done | 1 fenced | 2 behind, the turn the partition is at}.
 local state = KEYS[1]
 local fence, turn, acked, mode, close = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3]), ARGV[4], ARGV[5]
@@ -15,12 +15,8 @@ local held, stood = tonumber(at[1] or '-1'), tonumber(at[2] or '-1')
 if held > fence then
   return {1, stood}
 end
-if held == fence then
-  if stood == turn then
-    return {0, stood}
-  elseif stood > turn then
-    return {2, stood}
-  end
+if held == fence and stood >= turn then
+  return {stood == turn and 0 or 2, stood}
 end
 if mode == 'normal' and (held < 0 or at[3] or stood < acked) or mode == 'next' and (not at[3] or stood ~= acked) then
   return {2, stood}
