@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import random
 import signal
+import socket
 import time
 from collections.abc import Coroutine, Iterable, Mapping
 
@@ -23,12 +25,20 @@ from kvatlas_indexer.adapters.grpc_server import GrpcServer
 from kvatlas_indexer.adapters.http_server import serve
 from kvatlas_indexer.adapters.local_index import LocalIndex
 from kvatlas_indexer.adapters.metrics import IndexMetrics
+from kvatlas_indexer.adapters.publisher import Publisher
+from kvatlas_indexer.adapters.redis_client import StoreUnavailable, open_redis
+from kvatlas_indexer.adapters.redis_leases import RedisLeases
+from kvatlas_indexer.adapters.redis_store import RedisStore
+from kvatlas_indexer.adapters.redis_sweep import RedisSweep
 from kvatlas_indexer.adapters.replay_client import ReplayClient
 from kvatlas_indexer.adapters.replays import Replays
 from kvatlas_indexer.adapters.rest import build_app
+from kvatlas_indexer.adapters.shard import Hands, Shard
+from kvatlas_indexer.adapters.shared_index import SharedIndex
 from kvatlas_indexer.adapters.zmq_sockets import new_context
 from kvatlas_indexer.adapters.zmq_source import Origin, ZmqSource, ZmqSourceOptions
 from kvatlas_indexer.core.accuracy import Accuracy
+from kvatlas_indexer.core.contracts import Index
 from kvatlas_indexer.core.engine import Bounds
 from kvatlas_indexer.core.index import Command, KvIndex, Rules
 from kvatlas_indexer.core.naming import Expected, Finding
@@ -41,6 +51,7 @@ TICK_S = 0.25
 FLEET_DELAY_S = 0.02  # changes of the fleet are told together
 SWEEP_PARTS = 8  # parts of the key space swept between two turns of the loop
 FINDINGS_LOG_INTERVAL_S = 30.0
+STORE_RETRY_S = 1.0
 
 
 class Indexer:
@@ -56,6 +67,9 @@ class Indexer:
         self.rest_address = ""
         self._environ = environ
         self._local = LocalIndex(self.index)
+        self._answers: Index = self._local  # what gRPC and REST ask
+        self._shard: Shard | None = None
+        self._publisher: Publisher | None = None
         self._findings = LimitedLog(log, FINDINGS_LOG_INTERVAL_S, time.monotonic)
         self._stack = contextlib.AsyncExitStack()
         self._telling: asyncio.TimerHandle | None = None
@@ -86,19 +100,49 @@ class Indexer:
         self._prober = await self._stack.enter_async_context(
             Prober(session, self._on_facts, clock=time.monotonic, wall=time.time, rng=random.Random())
         )
-        self._run_in_background(self._discover(), self._tick(), self._sweep())
+        shared = [] if settings.store == "memory" else await self._share()
+        self._run_in_background(self._discover(), self._tick(), self._sweep(), *shared)
         await self._serve()
+
+    async def _share(self) -> list[Coroutine[object, object, None]]:
+        """Joins the shared index as one of its shards; answers what is to run in the background."""
+        settings = self.settings
+        client = await open_redis(
+            settings.store,
+            prefix=settings.store_prefix,
+            partitions=settings.store_partitions,
+            evictions_allowed=settings.allow_evicting_store,
+        )
+        self._stack.push_async_callback(client.aclose)
+        store = RedisStore(client, block_ttl_s=settings.block_ttl_s)
+        publisher = self._publisher = Publisher(self.index, store, clock=time.monotonic)
+        name = settings.shard or f"{socket.gethostname()}:{os.getpid()}"
+        shard = self._shard = Shard(
+            name=name,
+            index=self.index,
+            store=store,
+            leases=RedisLeases(client, client.prefix, name),
+            publisher=publisher,
+            hands=Hands(self._own, self._apply_message, self._perform),
+            clock=time.monotonic,
+            wall=time.time,
+        )
+        publisher.lost = shard.lost
+        self._stack.push_async_callback(shard.leave)
+        shared = self._answers = SharedIndex(store)
+        sweep = RedisSweep(client, name, block_ttl_s=settings.block_ttl_s)
+        return [shared.run(), publisher.run(), shard.run(), _sweep_store(sweep, shared)]
 
     async def _serve(self) -> None:
         settings = self.settings
-        grpc = GrpcServer(self._local, self.accuracy.observe)
+        grpc = GrpcServer(self._answers, self.accuracy.observe)
         host, port = _split(settings.grpc_listen)
         self.grpc_address = f"{host}:{await grpc.start(host, port)}"
         self._stack.push_async_callback(grpc.stop, settings.drain_s)
         registry = CollectorRegistry()
         registry.register(IndexMetrics(self.index, self.accuracy, self._source.received, grpc.observed))
         host, port = _split(settings.rest_listen)
-        app = build_app(self._local, ready=lambda: self.ready, registry=registry, blocks=self._blocks)
+        app = build_app(self._answers, ready=lambda: self.ready, registry=registry, blocks=self._blocks)
         rest = await serve(app, host, port)
         self.rest_address = f"{host}:{rest.port}"
         self._stack.push_async_callback(rest.stop)
@@ -145,6 +189,10 @@ class Indexer:
     # -- what happens --------------------------------------------------------------------------------------------------
 
     def _on_message(self, origin: Origin, frames: list[bytes]) -> None:
+        if self._shard is None or self._shard.admits(origin, frames):
+            self._apply_message(origin, frames)
+
+    def _apply_message(self, origin: Origin, frames: list[bytes]) -> None:
         commands = self.index.on_frames(
             frames, time.time(), peer=origin.peer, dialled=origin.dialled, port_rank=origin.port_rank
         )
@@ -163,6 +211,13 @@ class Indexer:
         self._perform(self.index.on_facts(facts, time.time()))
 
     def _on_specs(self, specs: Iterable[EngineSpec]) -> None:
+        if self._shard is not None:
+            self._shard.on_specs(specs)
+        else:
+            self._own(specs)
+
+    def _own(self, specs: Iterable[EngineSpec]) -> None:
+        """These are this process's to index."""
         self._perform(self.index.on_specs(specs, time.time()))
         dialled = {
             engine: endpoint
@@ -176,6 +231,8 @@ class Indexer:
     def _perform(self, commands: Iterable[Command]) -> None:
         for command in commands:
             self._replays.perform(command)
+        if self._publisher is not None:
+            self._publisher.touched()
         if self.index.fleet_is_stale and self._telling is None:
             self._telling = asyncio.get_running_loop().call_later(FLEET_DELAY_S, self._tell_fleet)
 
@@ -217,6 +274,15 @@ class Indexer:
         while True:
             busy = self.index.residency.sweep(SWEEP_PARTS)
             await asyncio.sleep(0.001 if busy else TICK_S)
+
+
+async def _sweep_store(sweep: RedisSweep, shared: SharedIndex) -> None:
+    while True:
+        try:
+            step = await sweep.step(shared.live_slots())
+            await asyncio.sleep(step.pause_s)
+        except StoreUnavailable:
+            await asyncio.sleep(STORE_RETRY_S)
 
 
 def _split(address: str) -> tuple[str, int]:

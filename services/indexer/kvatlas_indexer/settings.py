@@ -24,6 +24,13 @@ def _zmq_endpoint(text: str) -> str:
     return text
 
 
+def _store(text: str) -> str:
+    schemes = ("redis", "rediss", "redis+sentinel", "redis+cluster", "rediss+sentinel", "rediss+cluster")
+    if text != "memory" and text.partition("://")[0] not in schemes:
+        raise ValueError("the store is memory or a URL that begins with " + ", ".join(f"{s}://" for s in schemes))
+    return text
+
+
 HostPort = Annotated[str, AfterValidator(_host_port)]
 ZmqEndpoint = Annotated[str, AfterValidator(_zmq_endpoint)]
 
@@ -42,6 +49,18 @@ class IndexerSettings(HashSettings, EngineSettings, LogSettings):
     rest_listen: HostPort = Field(
         "127.0.0.1:8081", description="REST, metrics and a web page, open to all who reach it"
     )
+    store: Annotated[str, AfterValidator(_store)] = Field(
+        "memory",
+        description="where the index is: memory (this process alone), or shared: redis://[user:password@]host:port/db, "
+        "rediss://, redis+sentinel://host:port,.../service/db, redis+cluster://host:port,...",
+    )
+    store_prefix: str = Field("kva1:", max_length=64, description="what all keys in the store begin with")
+    store_partitions: int | None = Field(
+        None, ge=1, le=64, description="parts of the key space in the store; 1, or 4 on a cluster; all shards alike"
+    )
+    block_ttl_s: float = Field(6 * 3600.0, ge=60, description="entries of a crashed deployment leave the store so late")
+    allow_evicting_store: bool = Field(False, description="use a store that may drop index entries when it is full")
+    shard: str | None = Field(None, max_length=128, description="name of this shard in a shared store; host and pid")
     recompute_keys: bool = Field(
         False, description="recompute keys from token ids even where the engines' own hashes can be reproduced"
     )

@@ -67,8 +67,10 @@ class Projection:
         self._partitions = partitions
         self._new_number = new_number
         self._pending_max = pending_max
+        self.renumbered = 0
+        """Rises when slots get other numbers: records that name them are then stale."""
         self._pending: dict[EngineId, _Pending] = {}
-        self._retired: list[int] = []
+        self._retired: list[tuple[EngineId, int]] = []
         residency.journal = self
 
     def touch(self, slot: Slot, keys: Iterable[int]) -> None:
@@ -90,11 +92,15 @@ class Projection:
     def retired(self, slot: Slot) -> None:
         """Its number is dead: the store's sweep is to be told."""
         if slot.number is not None:
-            self._retired.append(slot.number)
+            self._retired.append((slot.engine, slot.number))
 
     def take_retired(self) -> list[int]:
         retired, self._retired = self._retired, []
-        return retired
+        return [number for _, number in retired]
+
+    def forget_retired(self, engine: EngineId) -> None:
+        """Its slots live on in other hands."""
+        self._retired = [(owner, number) for owner, number in self._retired if owner != engine]
 
     def number(self, slot: Slot) -> int:
         """Its name in the shared store, given when first asked for."""
@@ -138,12 +144,19 @@ class Projection:
                     self.touch(slot, slot_write.keys)
 
     def whole(self, engines: Iterable[EngineId]) -> dict[EngineId, list[Write]]:
-        """Everything these engines hold, in one walk over the index; nothing of them is pending any longer."""
+        """Everything these engines hold, in one walk over the index; nothing of them is pending any longer.
+
+        Under new numbers: what the store may still hold under the old ones is dead.
+        """
+        self.renumbered += 1
         held: dict[EngineId, list[Write]] = {}
         wanted = {engine: self._residency.slots(engine) for engine in engines}
         keys_of = self._residency.keys_of([slot for slots in wanted.values() for slot in slots])
         for engine, slots in wanted.items():
             self._pending.pop(engine, None)
+            for slot in slots:
+                self.retired(slot)
+                slot.number = None
             by_partition: dict[int, list[SlotWrite]] = {}
             for slot in slots:
                 for partition, part in self._parted(keys_of[slot]):

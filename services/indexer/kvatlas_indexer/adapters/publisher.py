@@ -1,0 +1,235 @@
+"""Writes what this shard's engines hold to the shared store: records first, then blocks, a few milliseconds after.
+
+What could not be written stays to be written; what the store turns out to have lost is published again from memory,
+under new slot numbers. Between two engines' writes nothing is held up: they go out in the same rounds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable
+
+from kvatlas_common.words import EngineId
+from kvatlas_indexer.adapters.redis_client import StoreUnavailable
+from kvatlas_indexer.adapters.redis_store import RedisStore
+from kvatlas_indexer.adapters.redis_writes import Flush, Outcome, Position
+from kvatlas_indexer.core.handover import describe
+from kvatlas_indexer.core.index import KvIndex
+from kvatlas_indexer.core.known import Known
+from kvatlas_indexer.core.projection import Projection, Write
+from kvatlas_indexer.core.records import encode_record
+
+log = logging.getLogger(__name__)
+
+LINGER_S = 0.002  # what happens within is written together
+CHECK_S = 0.5  # how often idle engines are checked for what the store may have lost
+RETRY_S = 0.2
+NUMBERS_AT_ONCE = 1024
+NUMBERS_LOW = 512
+
+
+class Publisher:
+    """Of one shard. `lost(engine)` is called when the store refuses its writes: another shard owns it."""
+
+    def __init__(self, index: KvIndex, store: RedisStore, *, clock: Callable[[], float]) -> None:
+        self._index = index
+        self._store = store
+        self._clock = clock
+        self._numbers: list[int] = []
+        self._highest = 0
+        self.projection = Projection(index.residency, partitions=store.partitions, new_number=self._new_number)
+        self.lost: Callable[[EngineId], None] = lambda engine: None
+        self.unwritten_since: float | None = None
+        """Since when (`clock`) the store has taken nothing; None: it takes what it is given."""
+        self._fences: dict[EngineId, int] = {}
+        self._told: dict[EngineId, bytes] = {}  # the record each engine has in the store
+        self._described: dict[EngineId, tuple[object, ...]] = {}  # what that record was made from
+        self._written: set[EngineId] = set()  # engines with a position in the store
+        self._dead: list[int] = []
+        self._wake = asyncio.Event()
+        self._flushing = asyncio.Lock()
+        self._checked_at = clock()
+
+    # -- what it is told -----------------------------------------------------------------------------------------------
+
+    def own(self, engine: EngineId, fence: int) -> None:
+        """From now on this shard writes it. One that the store has nothing of is published as a whole."""
+        self._fences[engine] = fence
+        self._told.pop(engine, None)
+        self.touched()
+
+    def resumed(self, engine: EngineId) -> None:
+        """What the store has of it is right, as far as it goes."""
+        self._written.add(engine)
+
+    def disown(self, engine: EngineId) -> None:
+        """Another shard writes it now."""
+        self._fences.pop(engine, None)
+        self._told.pop(engine, None)
+        self._written.discard(engine)
+        self.projection.forget(engine)
+        self.projection.forget_retired(engine)
+
+    def bury(self, numbers: Iterable[int]) -> None:
+        """These slots hold nothing any more."""
+        self._dead += numbers
+
+    def touched(self) -> None:
+        """Something may have changed."""
+        self._wake.set()
+
+    # -- its life ------------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(CHECK_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            await asyncio.sleep(LINGER_S)
+            try:
+                await self.flush_all()
+                await self._check()
+            except StoreUnavailable as error:
+                if self.unwritten_since is None:
+                    self.unwritten_since = self._clock()
+                    log.warning("the store takes no writes; they wait in memory", extra={"why": str(error)})
+                await asyncio.sleep(RETRY_S)
+                self.touched()
+
+    async def flush_all(self) -> None:
+        """Writes everything that is to be written now. Raises `StoreUnavailable`: it stays to be written."""
+        async with self._flushing:
+            await self._stock_up()
+            for engine in [e for e in self.projection.waiting() if e in self._fences and e not in self._written]:
+                self.projection.publish_again(engine)
+            again = [engine for engine in self.projection.waiting() if self._may(engine, again=True)]
+            whole = self.projection.whole(again) if again else {}
+            await self._put_records()
+            await self._write(whole, whole_engines=True)
+            waiting = [engine for engine in self.projection.waiting() if self._may(engine, again=False)]
+            await self._write({engine: self.projection.take(engine) for engine in waiting}, whole_engines=False)
+            await self._bury()
+        if self.unwritten_since is not None:
+            log.info("the store takes writes again", extra={"after_s": round(self._clock() - self.unwritten_since, 3)})
+            self.unwritten_since = None
+
+    def _may(self, engine: EngineId, *, again: bool) -> bool:
+        return engine in self._fences and self.projection.is_whole(engine) is again
+
+    async def _write(self, writes: dict[EngineId, list[Write]], *, whole_engines: bool) -> None:
+        flushes: list[Flush] = []
+        for engine, parts in writes.items():
+            position = self._position(engine)
+            if position is None:
+                continue  # nothing of this epoch has been applied
+            by_partition = {write.partition: write for write in parts}
+            for partition in range(self._store.partitions):
+                write = by_partition.get(partition) or Write(engine, partition, ())
+                flushes.append(Flush(write, self._fences[engine], position, whole_engines))
+        if not flushes:
+            return
+        try:
+            outcomes = await self._store.write_all(flushes)
+        except StoreUnavailable:
+            for engine, parts in writes.items():
+                if whole_engines:
+                    self.projection.publish_again(engine)
+                else:
+                    self.projection.put_back(engine, parts)
+            raise
+        for flush, outcome in zip(flushes, outcomes, strict=True):
+            self._judge(flush.write.engine, outcome)
+
+    def _judge(self, engine: EngineId, outcome: Outcome) -> None:
+        match outcome:
+            case Outcome.OK:
+                self._written.add(engine)
+            case Outcome.BEHIND:
+                if engine in self._fences and not self.projection.is_whole(engine):
+                    log.warning("the store has lost what it was told; published again", extra={"engine": str(engine)})
+                    self.projection.publish_again(engine)
+                    self.touched()
+            case Outcome.FENCED:
+                if engine in self._fences:
+                    self.lost(engine)
+
+    # -- records -------------------------------------------------------------------------------------------------------
+
+    async def _put_records(self) -> None:
+        expected, residency = self._index.rules.expected, self._index.residency
+        records: dict[str, tuple[int, bytes]] = {}
+        known: dict[EngineId, Known] = {known.id: known for known in self._index.known()}
+        for engine, one in known.items():
+            if (fence := self._fences.get(engine)) is None or self._as_described(one):
+                continue
+            record = encode_record(describe(one, expected, self.projection, residency))
+            if self._told.get(engine) != record:
+                records[str(engine)] = (fence, record)
+        if records:
+            refused = await self._store.put_records(records)
+            for name, (_, record) in records.items():
+                engine = EngineId.parse(name)
+                if name in refused:
+                    self.lost(engine)
+                else:
+                    self._told[engine] = record
+                    self._described[engine] = self._signature(known[engine])
+        for engine in [engine for engine in self._told if engine not in known]:
+            if (fence := self._fences.get(engine)) is not None:
+                await self._store.remove_record(engine, fence)
+            del self._told[engine]
+            self._described.pop(engine, None)
+
+    def _as_described(self, known: Known) -> bool:
+        """Whether its record would be what it was: to make one costs more than to see that nothing has changed."""
+        return known.id in self._told and self._described.get(known.id) == self._signature(known)
+
+    def _signature(self, known: Known) -> tuple[object, ...]:
+        engine = known.engine
+        view = self._index.fleet().engines.get(known.id)
+        slots = (self._index.residency.version, self.projection.renumbered)
+        return (view, slots, engine.epoch, len(engine.rules), engine.stream.standing())
+
+    def _position(self, engine: EngineId) -> Position | None:
+        made = self._index.engine(engine)
+        last = made.stream.last_message if made else None
+        return Position(made.epoch, *last) if made and last else None
+
+    async def _check(self) -> None:
+        """An idle engine is not written, so nobody would notice what the store has lost of it."""
+        if self._clock() - self._checked_at < CHECK_S:
+            return
+        self._checked_at = self._clock()
+        if self._told and not await self._store.version():
+            self._told.clear()
+            self.touched()
+        idle = [(engine, fence) for engine, fence in self._fences.items() if engine in self._written]
+        for engine, outcomes in (await self._store.positions(idle)).items():
+            for outcome in outcomes:
+                if outcome is not Outcome.OK:
+                    self._judge(engine, outcome)
+
+    # -- slot numbers --------------------------------------------------------------------------------------------------
+
+    def _new_number(self) -> int:
+        return self._numbers.pop()
+
+    async def _stock_up(self) -> None:
+        """There are always enough numbers at hand for a flush: giving one out must not wait."""
+        needed = NUMBERS_LOW + sum(len(self._index.residency.slots(known.id)) for known in self._index.known())
+        while len(self._numbers) < needed:
+            numbers = await self._store.allocate_slots(NUMBERS_AT_ONCE, above=self._highest)
+            self._numbers += numbers
+            self._highest = max(self._highest, numbers[-1])
+
+    async def _bury(self) -> None:
+        dead: Collection[int] = [*self._dead, *self.projection.take_retired()]
+        if dead:
+            self._dead = list(dead)
+            await self._store.retire(dead)
+            self._dead = []

@@ -1,0 +1,120 @@
+"""The index of all shards, read from the shared store: what any shard answers, whoever owns the engines.
+
+The fleet's records are kept, and read again when their version moves: a lookup brings the version along, and idle times
+are bridged by polling.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+
+from kvatlas_common.fleet import Fleet
+from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
+from kvatlas_common.words import EngineId
+from kvatlas_indexer.adapters.local_index import Watchers
+from kvatlas_indexer.adapters.redis_client import StoreUnavailable
+from kvatlas_indexer.adapters.redis_store import Lookup, RedisStore
+from kvatlas_indexer.core.contracts import FleetDelta, IndexUnavailable
+from kvatlas_indexer.core.records import EngineRecord, decode_record
+from kvatlas_indexer.core.shared import SharedFleet
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.1
+RETRY_S = 0.5
+
+
+class SharedIndex:
+    """`contracts.Index` over a `RedisStore`."""
+
+    def __init__(self, store: RedisStore) -> None:
+        self._store = store
+        self._shared = SharedFleet()
+        self._version = 0
+        self._decoded: dict[str, tuple[bytes, EngineRecord]] = {}
+        self._reading = asyncio.Lock()
+        self._watchers = Watchers(self.fleet)
+
+    async def match(
+        self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
+    ) -> MatchAnswer:
+        plans, _ = self._shared.plan(model)
+        asked = {profile: keys for profile, keys in prompts.items() if profile in plans}
+        found = await asyncio.gather(*(self._store.lookup(keys) for keys in asked.values()))
+        await self._keep_up(found)
+        if any(lookup.lost for lookup in found):
+            raise IndexUnavailable("the store has lost the index; its owners are publishing it again")
+        return self._answer(model, dict(zip(asked, found, strict=True)), engines)
+
+    def _answer(self, model: str, found: Mapping[str, Lookup], engines: Collection[EngineId]) -> MatchAnswer:
+        plans, unknown = self._shared.plan(model)
+        matches: list[EngineMatch] = []
+        for profile, plan in plans.items():
+            if (lookup := found.get(profile)) is not None:
+                matches += plan.match(self._shared.masks(lookup.values))
+            else:
+                unknown += tuple(plan.engines)
+        if engines:
+            wanted = frozenset(engines)
+            matches = [match for match in matches if match.engine in wanted]
+            unknown = tuple(engine for engine in unknown if engine in wanted)
+        return MatchAnswer(tuple(matches), unknown)
+
+    async def holders(self, model: str, key: int) -> tuple[Holder, ...]:
+        lookup = await self._store.lookup([key])
+        await self._keep_up([lookup])
+        return self._shared.holders(model, lookup.values[0])
+
+    def fleet(self) -> Fleet:
+        return self._shared.fleet
+
+    def live_slots(self) -> frozenset[int]:
+        """The slot numbers in the records of all engines."""
+        return self._shared.live_slots
+
+    def watch(self) -> AsyncIterator[FleetDelta]:
+        return self._watchers.watch()
+
+    async def run(self) -> None:
+        """Keeps the fleet up to date until cancelled."""
+        said = ""
+        while True:
+            try:
+                await self._read(await self._store.version())
+                said = ""
+            except StoreUnavailable as error:
+                if str(error) != said:
+                    log.warning("the store cannot be asked", extra={"why": str(error)})
+                said = str(error)
+                await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(POLL_S)
+
+    async def _keep_up(self, lookups: Sequence[Lookup]) -> None:
+        newest = max((lookup.version for lookup in lookups), default=self._version)
+        if newest > self._version:
+            await self._read(newest)
+
+    async def _read(self, version: int) -> None:
+        if version == self._version:
+            return
+        async with self._reading:
+            if version == self._version:  # somebody else has read it meanwhile
+                return
+            self._version, records = await self._store.records()
+        self._shared = SharedFleet(record for engine, data in records.items() if (record := self._decode(engine, data)))
+        self._decoded = {engine: self._decoded[engine] for engine in records if engine in self._decoded}
+        self._watchers.wake()
+
+    def _decode(self, engine: str, data: bytes) -> EngineRecord | None:
+        before = self._decoded.get(engine)
+        if before is not None and before[0] == data:
+            return before[1]
+        try:
+            record = decode_record(data)
+        except ValueError as error:
+            log.warning("a record in the store is passed over", extra={"engine": engine, "why": str(error)})
+            return None
+        self._decoded[engine] = (data, record)
+        return record
