@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 LINGER_S = 0.002  # what happens within is written together
 CHECK_S = 0.5  # how often idle engines are checked for what the store may have lost
 RETRY_S = 0.2
-NUMBERS_AT_ONCE = 1024
-NUMBERS_LOW = 512
+NUMBERS_AT_ONCE = 256
+NUMBERS_LOW = 128
 
 
 class Publisher:
