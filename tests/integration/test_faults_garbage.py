@@ -84,7 +84,7 @@ async def test_garbage_on_every_port_disturbs_nobody(tmp_path: Path) -> None:
         assert await index.metric("grpc_unreadable_total") > 2
         assert await index.metric("observations_refused_total") == 50
         assert {s for s in statuses if s >= 500} <= {503}, "503: who cannot be asked might serve that model"
-        assert await metric(session, routing.admin, "kvatlas_router_refused_total") > 40
+        assert await metric(session, routing.admin, "kvatlas_router_refused_total") > 30  # the parser turns away more
         for process in (indexing, routing):
             process.assert_sound()
             lines = Counter(str(line.get("event")) for line in process.lines() if line.get("level") != "info")

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from kvatlas_common.fleet import EngineView, Fleet, Health
+from kvatlas_common.fleet import EngineView, Fleet, Health, Sync
 from kvatlas_common.logs import LimitedLog
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_router.adapters.index_client import LookupFailed
@@ -181,10 +181,10 @@ class Decider:
         with learnt.stage("tokenise"):
             learnt.prompt = await self.tokens.tokens(asked.path, asked.body, model, views)
         keys = learnt.prompt.keys
+        if not any(len(k) for k in keys.values()) and all(_is_empty(v) or v.profile in keys for v in views):
+            return MatchAnswer()  # not one whole block, or engines that are known to hold nothing
         if not keys:
             raise NoTokens("unknown-profile", "no engine's hash profile is known")
-        if not any(len(k) for k in keys.values()):
-            return MatchAnswer()  # not one whole block: no engine can hold any of it
         with learnt.stage("match"):
             learnt.answer = await self.index.match(model, keys)
         return learnt.answer
@@ -207,7 +207,7 @@ class Decider:
             Candidate(
                 view=view,
                 match=matches.get(view.id),
-                known=answer is not None and view.profile in profiles and view.id not in unknown,
+                known=answer is not None and (_is_empty(view) or (view.profile in profiles and view.id not in unknown)),
                 queued_tokens=self.ledger.queued_tokens(view.id),
                 in_flight=self.ledger.in_flight(view.id),
                 last_used=self.ledger.last_used(view.id),
@@ -215,6 +215,11 @@ class Decider:
             )
             for view in views
         ]
+
+
+def _is_empty(view: EngineView) -> bool:
+    """An engine of which every event is known, and that has stored nothing yet: so nothing shows its profile."""
+    return view.profile is None and view.sync is Sync.EXACT
 
 
 def _place(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import uvicorn
 
-from kvatlas_common.http11 import Http11
+from kvatlas_common.http11 import FastHttp11
 
 CLIENT_KEEPALIVE_S = 75  # longer than load balancers in front usually keep idle connections (60 s)
 
@@ -31,7 +31,7 @@ class HttpServer:
             uvicorn.Config(
                 app,
                 loop="none",
-                http=Http11,
+                http=FastHttp11,
                 ws="none",
                 lifespan="off",
                 log_config=None,

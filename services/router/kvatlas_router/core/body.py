@@ -71,7 +71,19 @@ class Body:
             value = self.fields.get(name)
             if isinstance(value, str) and value:
                 return f"{name}:{value}".encode(errors="replace")
-        return b"body:" + self.raw[:SESSION_BODY_BYTES]
+        return b"body:" + self._opening()
+
+    def _opening(self) -> bytes:
+        """How the conversation begins, which its later turns repeat; other fields may change from turn to turn."""
+        messages = self.fields.get("messages")
+        opening = messages[:1] if isinstance(messages, list) else self.fields.get("prompt", self.fields.get("input"))
+        if not opening:
+            return self.raw[:SESSION_BODY_BYTES]
+        begun = opening[:SESSION_BODY_BYTES] if isinstance(opening, str | list) else opening
+        try:
+            return msgspec.json.encode(begun)[:SESSION_BODY_BYTES]
+        except (TypeError, ValueError):  # what only Python's own decoder accepts, such as lone surrogates
+            return self.raw[:SESSION_BODY_BYTES]
 
     def asking_usage(self) -> bytes:
         """The body asking for a usage chunk at the end of the stream; every other value keeps its bytes.
