@@ -203,7 +203,7 @@ steps = st.one_of(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(script=st.lists(steps, min_size=4, max_size=20))
 async def test_equal_to_a_naive_model(url: str, script: list[tuple[Any, ...]]) -> None:
     prefix, model = fresh_prefix(), Model()

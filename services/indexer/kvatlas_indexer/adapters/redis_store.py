@@ -68,8 +68,9 @@ class RedisStore:
         versions: dict[int, int] = {}
         window = WINDOW_FIRST
         while len(values) < len(packed):
-            values += await self._window(packed[len(values) : len(values) + window], versions)
-            if None in values[-window:]:
+            found = await self._window(packed[len(values) : len(values) + window], versions)
+            values += found
+            if None in found:
                 break
             window = min(2 * window, WINDOW_MAX)
         if not versions:
@@ -81,18 +82,19 @@ class RedisStore:
         timeout_s = self._client.timeouts.lookup_s
         if self.partitions == 1:
             data = [mget_command(self._blocks[0], keys, self._version[0])]
-            (((version, *held),),) = await self._client.round([Request(0, data)], timeout_s=timeout_s)
-            versions[0] = int(version or 0)
-            return list[bytes | None](held)
+            ((held,),) = await self._client.round([Request(0, data)], timeout_s=timeout_s)
+            versions[0] = int(held.pop(0) or 0)
+            found: list[bytes | None] = held
+            return found
         of = keys % np.uint64(self.partitions)
         asked = [(p, np.flatnonzero(of == p)) for p in range(self.partitions)]
         asked = [(p, places) for p, places in asked if len(places)]
         requests = [Request(p, [mget_command(self._blocks[p], keys[at], self._version[p])]) for p, at in asked]
         answers = await self._client.round(requests, timeout_s=timeout_s)
         values: list[bytes | None] = [None] * len(keys)
-        for (partition, places), ((version, *found),) in zip(asked, answers, strict=True):
-            versions[partition] = int(version or 0)
-            for place, value in zip(places.tolist(), found, strict=True):
+        for (partition, places), (held,) in zip(asked, answers, strict=True):
+            versions[partition] = int(held.pop(0) or 0)
+            for place, value in zip(places.tolist(), held, strict=True):
                 values[place] = value
         return values
 

@@ -1,0 +1,1 @@
+"""Measurements against the budgets, each beside a peer where there is one."""
