@@ -64,6 +64,36 @@ async def knock(address: str, data: bytes, *, reset: bool) -> None:
         await writer.wait_closed()
 
 
+ENDLESS = {
+    "request line": (b"GET /", b"a"),
+    "header": (b"GET / HTTP/1.1\r\nx: ", b"a"),
+    "headers": (b"GET / HTTP/1.1\r\n", b"x: y\r\n"),
+    "chunk extension": (b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"a"),
+    "trailers": (b"POST /v1/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"x: y\r\n"),
+}
+"""Requests that begin and go on for ever, with what."""
+
+
+async def goes_on(address: str, begin: bytes, more: bytes, bytes_max: int) -> bool:
+    """Whether all of so much of a request was taken without the connection being closed."""
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(begin)
+        for _ in range(bytes_max // 65_536):
+            writer.write(more * (65_536 // len(more)))
+            await asyncio.wait_for(writer.drain(), CALL_S)
+            if reader.at_eof():
+                return False
+        return True
+    except ConnectionError:
+        return False
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
 @contextlib.asynccontextmanager
 async def half_open(addresses: Sequence[str], each: int) -> AsyncIterator[None]:
     """Connections that say nothing, or only half of something, and stay."""

@@ -23,7 +23,9 @@ from tests.integration.fault_kit import (
     simulated,
 )
 from tests.integration.garbage import (
+    ENDLESS,
     babbler,
+    goes_on,
     greetings,
     half_open,
     knock,
@@ -63,6 +65,9 @@ async def test_garbage_on_every_port_disturbs_nobody(tmp_path: Path) -> None:
                 await asyncio.gather(
                     *(knock(a, g, reset=bool(seed % 2)) for a, g in itertools.product(addresses, greetings(seed)))
                 )
+            for address in addresses[2:]:
+                for what, (begin, more) in ENDLESS.items():
+                    assert not await goes_on(address, begin, more, 32 << 20), f"an endless {what} at {address}"
             calls = Counter(await strange_calls(indexing.grpc, seed=1))
             paths = ("/v1/chat/completions", "/v1/completions", "/nowhere")
             statuses = await strange_requests(session, routing.url, paths, seed=1)

@@ -4,6 +4,9 @@ What cannot be parsed uvicorn (0.54, `protocols/http/`) answers with 400 by itse
 has its application running already: that answers too, which fails with a traceback in the log, or has begun to answer,
 and then uvicorn's own 400 fails. Here the application finds its client gone, as it is.
 
+The parser in C takes request lines, headers, trailers and chunk extensions of any length: here they end a connection,
+as h11 does it by itself.
+
 To be given to `uvicorn.Config(http=...)`: `FastHttp11` where requests are many (parsed in C), `Http11` elsewhere.
 """
 
@@ -11,6 +14,9 @@ from __future__ import annotations
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_BYTES_MAX = 65_536
+"""Of anything that is no body. What is read at once (256 KiB with uvloop) may come on top."""
 
 
 class Http11(H11Protocol):
@@ -20,6 +26,27 @@ class Http11(H11Protocol):
 
 
 class FastHttp11(HttpToolsProtocol):
+    _head_bytes = 0  # received since the last head, piece of a body, or message was complete
+
+    def data_received(self, data: bytes) -> None:
+        self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+            self.logger.warning("Too long a request head received.")
+            self.send_400_response("Too long a request head.")
+
+    def on_headers_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._head_bytes = 0
+        super().on_message_complete()
+
     def send_400_response(self, msg: str) -> None:
         if not _client_is_gone(self):
             super().send_400_response(msg)
