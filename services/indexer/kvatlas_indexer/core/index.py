@@ -229,6 +229,11 @@ class KvIndex:
         set_up(known)
         self._stale.add(engine)
 
+    def on_taken(self, engine: EngineId, now: float) -> list[Command]:
+        """It has been set up in full: what it published since its last owner stood there is asked for."""
+        known = self._known.get(engine)
+        return self._commands(known, known.engine.on_returned(now)) if known else []
+
     def abandon(self, address: str) -> list[Command]:
         """Another shard owns it now: it is forgotten here."""
         commands: list[Command] = []
