@@ -152,7 +152,7 @@ def test_a_prompt_is_explained_engine_by_engine(deployment: Deployment, capsys: 
     assert int(blocks) == int(in_medium) > 0
     assert int(cached) == int(blocks) * 16
     (other,) = (line.split() for line in shown.splitlines() if line.strip().startswith(deployment.idle_engine))
-    assert other[1] == "unknown"  # its hash profile is not known yet: that is not the same as holding nothing
+    assert other[1] == "0"  # it has published nothing, and that is known: it holds nothing
 
 
 def test_who_holds_a_block(deployment: Deployment, capsys: pytest.CaptureFixture[str]) -> None:
