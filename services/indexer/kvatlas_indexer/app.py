@@ -73,6 +73,7 @@ class Indexer:
         self._findings = LimitedLog(log, FINDINGS_LOG_INTERVAL_S, time.monotonic)
         self._stack = contextlib.AsyncExitStack()
         self._telling: asyncio.TimerHandle | None = None
+        self._stopping = False
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -149,7 +150,7 @@ class Indexer:
 
     async def stop(self) -> None:
         """Lookups under way are answered first, for at most `drain_s`."""
-        self.ready = False
+        self.ready, self._stopping = False, True
         if self._telling is not None:
             self._telling.cancel()
         await self._stack.aclose()
@@ -233,7 +234,7 @@ class Indexer:
             self._replays.perform(command)
         if self._publisher is not None:
             self._publisher.touched()
-        if self.index.fleet_is_stale and self._telling is None:
+        if self.index.fleet_is_stale and self._telling is None and not self._stopping:
             self._telling = asyncio.get_running_loop().call_later(FLEET_DELAY_S, self._tell_fleet)
 
     def _tell_fleet(self) -> None:
