@@ -78,6 +78,7 @@ class Engine:
         self.connected = True
         """False while its publisher, which is dialled, is not connected: whatever it publishes is lost."""
         self.epoch = 0  # counts the lives of its cache
+        self.tiered = False  # it has spoken of other media than the gpu
         self.heard_at: float | None = None
         self.lag_s = 0.0  # from the engine's `ts` of the last message to its being applied
         self._residency = residency
@@ -118,7 +119,9 @@ class Engine:
         if self._odd:
             return self._odd
         if self._due or self._residency.in_doubt(self.id):
-            return "some of what it holds is in doubt: a clear empties the gpu, and says nothing of the other media"
+            return "some of what it holds is in doubt"
+        if self.tiered and not self.stream.complete:
+            return "what it holds beside the gpu is not known: messages were lost before the last clear"
         if self._reannounces:
             return "it announces blocks again that it merely hit: copies cannot be counted"
         if self.naming.unnamed:
@@ -202,9 +205,12 @@ class Engine:
                     self._begin_epoch(reason, now)
                 case Doubt(reason):
                     self.counts["loss"] += 1
+                    self.naming.lose_track()
                     self._doubt(_MEDIA, now)
                     self._findings.append(Finding("loss", reason))
                 case BuildAgain():
+                    self.naming.lose_track()
+                    self._odd = ""
                     self._due = frozenset()
                     self._residency.doubt(self.id, now)
                     self._residency.bury(self.naming.forget_names())
@@ -267,6 +273,7 @@ class Engine:
             elif size != self.naming.block_size and not self._odd:
                 self._odd = f"it has blocks of {self.naming.block_size} and of {size} tokens"
                 self._findings.append(Finding("mixed-block-sizes", self._odd))
+        self.tiered = self.tiered or event.medium is not Medium.GPU
         keys = self._behind(self.naming.stored(event))
         self.counts["stored"] += len(keys)
         if not keys:
@@ -281,6 +288,7 @@ class Engine:
             self._findings.append(Finding("too-many-blocks", self._odd))
 
     def _remove(self, event: BlockRemoved) -> None:
+        self.tiered = self.tiered or event.medium is not Medium.GPU
         keys = self._behind(self.naming.removed(event))
         self.counts["removed"] += len(keys)
         missing = self._residency.remove(self.id, event.group, event.medium, keys)
@@ -298,7 +306,9 @@ class Engine:
         self._due -= {Medium.GPU}
         if self._residency.places(self.id):
             self._doubt(_MEDIA - {Medium.GPU}, now)
+            self._odd = self._odd or "a clear empties the gpu, and does not say whether the other media went with it"
         else:
+            self._due = frozenset()
             self._residency.bury(self.naming.forget_names())
 
     def _doubt(self, media: frozenset[Medium], now: float) -> None:

@@ -113,6 +113,7 @@ class Naming:
         self._others = others
         self.extras_proven = False
         self._roots_failed = 0
+        self._suspicion = 0  # roots that may fail a proven profile before it is given up; 0: there is no reason to look
         self._searched: Counter[bool] = Counter()  # full searches done, on roots that are (not) evidence
         self._told: set[str] = set()  # findings reported in this epoch
         self._names: dict[int, _Name] = {}
@@ -150,6 +151,8 @@ class Naming:
             return False
         if not self.verified:
             return len(self._names) <= RENAMES_MAX
+        if self._suspicion:
+            return True
         return not self.extras_proven and (event.lora_id is not None or event.lora_name is not None or _salted(event))
 
     def _root(self, event: BlockStored) -> RootBlock:
@@ -176,7 +179,7 @@ class Naming:
 
     def _judge(self, root: RootBlock, says_extra_keys: bool) -> list[Finding]:
         self.block_size = len(root.tokens)
-        if self.verified:
+        if self.verified and not self._is_refuted(root, says_extra_keys):
             return self._refine(root, says_extra_keys)
         candidates = [*self._expected.profiles(self.block_size), *self._others()]
         if self.profile is not None and self.mode is Mode.OWN:
@@ -189,6 +192,18 @@ class Naming:
             found = replace(found, extra_keys=ExtraKeys.LORA_NAME)  # before 0.22, long before there were tags
         self.profile, self.verified = found, True
         return self._compare(found)
+
+    def _is_refuted(self, root: RootBlock, says_extra_keys: bool) -> bool:
+        """Whether a proven profile is one no longer: what was lost may have been a restart with other settings."""
+        assert self.profile is not None
+        if not self._suspicion or refine(self.profile, root) is not None:
+            self._suspicion = 0
+        elif _is_evidence(root):
+            self._suspicion -= self._suspicion if says_extra_keys else 1
+            if not self._suspicion:
+                self._unlearn()
+                return True
+        return False
 
     def _search(self, root: RootBlock) -> HashProfile | None:
         """Tries every known seed; roots that are no evidence must not use up the searches of those that are."""
@@ -293,8 +308,15 @@ class Naming:
 
     def begin_epoch(self) -> None:
         """The engine may have come back with other settings: its profile is to be proven again."""
+        self._unlearn()
+        self.block_size, self._suspicion = None, 0
+
+    def lose_track(self) -> None:
+        """Messages were lost: if that was a restart, the next roots will tell."""
+        self._suspicion = UNPROVEN_ROOTS_MAX if self.verified else 0
+
+    def _unlearn(self) -> None:
         self.verified = self.extras_proven = False
-        self.block_size = None
         self._roots_failed = 0
         self._searched.clear()
         self._told.clear()

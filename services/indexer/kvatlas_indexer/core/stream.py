@@ -8,6 +8,7 @@ and what follows:
 | the next sequence number                              | in order    | applied                                     |
 | one not above the last, later `ts`, other bytes       | a restart   | new epoch: everything known is forgotten    |
 | one not above the last, otherwise                     | a duplicate | dropped                                     |
+| one from before this epoch, by its `ts`               | left over   | dropped: the old connection drains late     |
 | one above the next                                    | a gap       | held back; replay from the last (inclusive) |
 | a replay answers other bytes for what was applied     | a restart   | new epoch; replay from 0                    |
 | a replay begins with the last and is complete         | gap closed  | still exact                                 |
@@ -82,6 +83,7 @@ class Stream:
     def __init__(self, *, can_replay: bool, limits: Limits | None = None) -> None:
         self.can_replay = can_replay
         self.last: int | None = None  # the last message applied in this epoch
+        self.complete = False  # everything since the epoch began has been applied: a clear does not make up for it
         self._limits = limits or Limits()
         self._mode = _Mode.LIVE
         self._whole = False  # everything since the epoch began (or the last clear) has been applied
@@ -89,6 +91,7 @@ class Stream:
         self._unsure = ""  # why messages may have been lost without another one to show it
         self._heard = False
         self._last_ts = 0.0
+        self._floor_ts = -1.0  # nothing of this epoch is as old as that
         self._epoch_ts: float | None = None
         self._process_start: float | None = None
         self._digests: OrderedDict[int, int] = OrderedDict()
@@ -159,14 +162,16 @@ class Stream:
     def on_message(self, message: Message, now: float) -> list[Effect]:
         """A live message."""
         self._heard = True
+        if self._is_left_over(message):
+            return [Duplicate(message.seq)]
         if self._is_restart(message):
             return self._restart(message, f"its messages began again at {message.seq}", now)
+        if self.last is not None and message.seq <= self.last:
+            return [Duplicate(message.seq)]
         if self._mode is not _Mode.LIVE:
             return self._hold(message, now)
         if self.last is None:
             return self._first(message, now)
-        if message.seq <= self.last:
-            return [Duplicate(message.seq)]
         if message.seq == self.last + 1:
             return self._apply(message)
         if self.can_replay:
@@ -209,7 +214,7 @@ class Stream:
         elif self.last is not None:
             effects.append(self._lose(f"the engine no longer knows message {self.last}", now))
         elif not self._held:
-            self._whole, self._loss = True, ""  # it has published nothing yet: known to be empty
+            self.complete, self._whole, self._loss = True, True, ""  # it has published nothing yet: known to be empty
         return effects + self._release(now, "" if self.last != self._last_before else "replay brought nothing new")
 
     def on_unusable(self, reason: str, now: float) -> list[Effect]:
@@ -217,7 +222,7 @@ class Stream:
 
         A replay would bring the same bytes again, so none is planned.
         """
-        self._whole, self._loss = False, reason
+        self.complete, self._whole, self._loss = False, False, reason
         return [Doubt(reason)]
 
     def on_returned(self, now: float) -> list[Effect]:
@@ -242,7 +247,8 @@ class Stream:
         effects: list[Effect] = [*self._cancel()]
         if self.last is not None or self._whole:
             effects.append(self._begin_epoch("its process has restarted"))
-        held = [m for m in self._held if m.ts >= began]
+        self._floor_ts = max(self._floor_ts, began)
+        held = [m for m in self._held if m.ts > began]
         self._hold_only([])
         for message in held:
             effects += self.on_message(message, now)
@@ -265,6 +271,9 @@ class Stream:
 
     # -- the rules -----------------------------------------------------------------------------------------------------
 
+    def _is_left_over(self, message: Message) -> bool:
+        return message.ts <= self._floor_ts or (self._epoch_ts is not None and message.ts < self._epoch_ts)
+
     def _is_restart(self, message: Message) -> bool:
         top = self._held_top
         if top is not None and message.seq <= top.seq and message.ts > top.ts:
@@ -284,7 +293,7 @@ class Stream:
     def _first(self, message: Message, now: float) -> list[Effect]:
         """The first message of an epoch."""
         if message.seq == 0:
-            self._whole, self._loss = True, ""
+            self.complete, self._whole, self._loss = True, True, ""
             return self._apply(message)
         if self.can_replay:
             return [*self._start(_Mode.JOIN, now), *self._hold(message, now)]
@@ -324,7 +333,8 @@ class Stream:
             return self._apply(message)
         if self._mode is _Mode.REBUILD:
             effects.append(BuildAgain())
-        self.last, self._epoch_ts, self._whole, self._loss, self._from_zero = None, None, True, "", True
+        self.last, self._epoch_ts, self._from_zero = None, None, True
+        self.complete, self._whole, self._loss = True, True, ""
         self._digests.clear()
         return effects + self._apply(message)
 
@@ -350,7 +360,7 @@ class Stream:
         return effects + self._release(now, why)
 
     def _lose(self, reason: str, now: float) -> Effect:
-        self._whole, self._loss = False, reason
+        self.complete, self._whole, self._loss = False, False, reason
         self._schedule_retry(now)
         return Doubt(reason)
 
@@ -361,8 +371,13 @@ class Stream:
             self._retries = min(self._retries + 1, 16)
 
     def _begin_epoch(self, reason: str) -> BeginEpoch:
-        self.last, self._epoch_ts, self._whole, self._loss = None, None, False, reason
-        self._last_ts, self._unsure, self._from_zero = 0.0, "", False
+        self.last, self._epoch_ts, self.complete, self._whole, self._loss = None, None, False, False, reason
+        self._floor_ts, self._last_ts, self._unsure, self._from_zero = (
+            max(self._floor_ts, self._last_ts),
+            0.0,
+            "",
+            False,
+        )
         self._digests.clear()
         self._retry_at, self._retries = None, 0
         return BeginEpoch(reason)
