@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check proto test-vllm clean
+.PHONY: help setup demo up up-redis test check proto test-vllm bench chaos image clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -35,6 +35,18 @@ check: setup ## ruff, mypy, import contracts, generated stubs
 
 proto: setup ## generate the gRPC stubs anew
 	@$(BIN)/python libs/common/kvatlas_common/proto/generate.py
+
+up-redis: setup ## the same on a real Valkey, started here for as long as it runs
+	@$(BIN)/python -m kvatlas_loadtest.valkey -- $(BIN)/kvatlas up --simulate 3 --store '{url}'
+
+bench: setup ## every budget, measured (build/bench.json)
+	@$(BIN)/python -m kvatlas_loadtest.bench --json build/bench.json
+
+chaos: setup ## faults on real processes, held to the engines' own block tables (build/chaos.json; 12 minutes)
+	@$(BIN)/python -m kvatlas_loadtest.chaos --json build/chaos.json
+
+image: ## the container image (needs a Docker daemon)
+	docker build -f deploy/docker/Dockerfile -t kvatlas:$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .
 
 test-vllm: setup ## the acceptance on real vLLM engines (KVATLAS_VLLM names its virtual environment)
 	@$(BIN)/python -m pytest -q -m vllm tests/live -s

@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -164,3 +166,20 @@ def _whole(server: Valkey, nodes: int) -> bool:
     with server.client() as client:
         said = set(client.execute_command("CLUSTER", "INFO").decode().split())
         return {"cluster_state:ok", f"cluster_known_nodes:{nodes}"} <= said
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m kvatlas_loadtest.valkey -- COMMAND ...`: runs it beside a Valkey of its own, `{url}` being its URL."""
+    command = list(argv[1:] if argv[:1] == ["--"] else argv)
+    if not command:
+        print(main.__doc__, file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory(prefix="kvatlas-valkey-") as folder, Valkey(Path(folder)) as server:
+        running = subprocess.Popen([word.replace("{url}", server.url) for word in command])
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: running.send_signal(number))
+        return running.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
