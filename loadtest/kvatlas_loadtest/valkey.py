@@ -70,7 +70,9 @@ class Valkey:
         else:
             arguments += ["--save", "", "--appendonly", "no"]
         with log.open("ab") as out:
-            self._process = subprocess.Popen([str(binary()), *arguments, *self._options], stdout=out, stderr=out)
+            command = [str(binary()), *arguments, *self._options]
+            # A session of its own: Ctrl-C is for whoever uses it, and it outlives them to the last write.
+            self._process = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
         deadline = time.monotonic() + START_S
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
