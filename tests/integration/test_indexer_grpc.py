@@ -50,7 +50,7 @@ class KnownAnswers:
         match = EngineMatch(FIRST, 3, {Medium.GPU: 2, Medium.CPU: 1}, exact=True, doubtful=1)
         return MatchAnswer((match,), (SECOND,))
 
-    async def holders(self, model: str, key: int) -> tuple[Holder, ...]:
+    async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:
         raise NotImplementedError
 
     def fleet(self) -> Fleet:

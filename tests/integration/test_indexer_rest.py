@@ -69,10 +69,11 @@ class KnownAnswers:
         many = EngineMatch(THIRD, 3, {Medium.GPU: 2, Medium.CPU: 1}, exact=False, doubtful=2)
         return MatchAnswer((few, many), (SECOND,))
 
-    async def holders(self, model: str, key: int) -> tuple[Holder, ...]:
+    async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:
         if model != "m":
             raise UnknownModel(model)
-        return (Holder(FIRST, 0, Medium.GPU, 2, doubtful=True),) if key == BIG else ()
+        held = (Holder(FIRST, 0, Medium.GPU, 2, doubtful=True),)
+        return tuple(held if key == BIG else () for key in keys)
 
     def fleet(self) -> Fleet:
         return Fleet.of(self.views)

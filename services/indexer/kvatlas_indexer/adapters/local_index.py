@@ -56,8 +56,8 @@ class LocalIndex:
     ) -> MatchAnswer:
         return self._index.match(model, prompts, engines)
 
-    async def holders(self, model: str, key: int) -> tuple[Holder, ...]:
-        return self._index.holders(model, key)
+    async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:
+        return tuple(self._index.holders(model, key) for key in keys)
 
     def fleet(self) -> Fleet:
         return self._index.fleet()

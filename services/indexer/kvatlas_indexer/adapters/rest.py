@@ -97,12 +97,13 @@ def _add_lookups(app: FastAPI, index: Index, blocks: Blocks | None) -> None:
         except ValueError as error:
             raise Refused(400, f"key: {error}", "invalid_key") from error
         model = model or _only_model(index)
-        return JSONResponse(holders_json(model, number, await index.holders(model, number)))
+        (holders,) = await index.holders(model, [number])
+        return JSONResponse(holders_json(model, number, holders))
 
     @app.post("/v1/blocks")
     async def blocks_of(body: BlocksBody) -> JSONResponse:
         model, keys = body.model or _only_model(index), [BlockKey(key) for key in body.keys]
-        found = await asyncio.gather(*(index.holders(model, key) for key in keys))
+        found = await index.holders(model, keys)
         return JSONResponse({"blocks": [holders_json(model, *each) for each in zip(keys, found, strict=True)]})
 
     @app.post("/v1/match")

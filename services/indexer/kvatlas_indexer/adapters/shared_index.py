@@ -15,7 +15,7 @@ from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.local_index import Watchers
 from kvatlas_indexer.adapters.redis_client import StoreUnavailable
-from kvatlas_indexer.adapters.redis_store import Lookup, RedisStore
+from kvatlas_indexer.adapters.redis_store import WINDOW_FIRST, Lookup, RedisStore
 from kvatlas_indexer.core.contracts import FleetDelta, IndexUnavailable
 from kvatlas_indexer.core.records import EngineRecord, decode_record
 from kvatlas_indexer.core.shared import SharedFleet
@@ -44,8 +44,6 @@ class SharedIndex:
         asked = {profile: keys for profile, keys in prompts.items() if profile in plans}
         found = await asyncio.gather(*(self._store.lookup(keys) for keys in asked.values()))
         await self._keep_up(found)
-        if any(lookup.lost for lookup in found):
-            raise IndexUnavailable("the store has lost the index; its owners are publishing it again")
         return self._answer(model, dict(zip(asked, found, strict=True)), engines)
 
     def _answer(self, model: str, found: Mapping[str, Lookup], engines: Collection[EngineId]) -> MatchAnswer:
@@ -62,10 +60,11 @@ class SharedIndex:
             unknown = tuple(engine for engine in unknown if engine in wanted)
         return MatchAnswer(tuple(matches), unknown)
 
-    async def holders(self, model: str, key: int) -> tuple[Holder, ...]:
-        lookup = await self._store.lookup([key])
-        await self._keep_up([lookup])
-        return self._shared.holders(model, lookup.values[0])
+    async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:
+        windows = [keys[start : start + WINDOW_FIRST] for start in range(0, len(keys), WINDOW_FIRST)]
+        found = [await self._store.lookup(window) for window in windows]  # each is answered to its end
+        await self._keep_up(found)
+        return tuple(self._shared.holders(model, value) for lookup in found for value in lookup.values)
 
     def fleet(self) -> Fleet:
         return self._shared.fleet
@@ -92,9 +91,12 @@ class SharedIndex:
             await asyncio.sleep(POLL_S)
 
     async def _keep_up(self, lookups: Sequence[Lookup]) -> None:
+        """Raises `IndexUnavailable` where the store has lost what was looked up: that is not the same as nobody."""
         newest = max((lookup.version for lookup in lookups), default=self._version)
         if newest > self._version:
             await self._read(newest)
+        if any(lookup.lost for lookup in lookups):
+            raise IndexUnavailable("the store has lost the index; its owners are publishing it again")
 
     async def _read(self, version: int) -> None:
         if version == self._version:

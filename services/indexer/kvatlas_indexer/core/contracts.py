@@ -40,8 +40,8 @@ class Index(Protocol):
         """
         ...
 
-    async def holders(self, model: str, key: int) -> tuple[Holder, ...]:
-        """Who holds one block. Raises `UnknownModel`, `IndexUnavailable`."""
+    async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:
+        """Who holds each of these blocks, whatever they are to each other. Raises `UnknownModel`, `IndexUnavailable`."""
         ...
 
     def fleet(self) -> Fleet: ...
