@@ -30,6 +30,7 @@ from kvatlas_loadtest.chaos.report import HEADINGS, Result, cells, inserted, mar
 from kvatlas_loadtest.chaos.run import Outcome, Wanted, run
 
 EXIT_BROKEN, EXIT_UNUSABLE, EXIT_INTERRUPTED = 1, 2, 130
+WRONG_SHOWN = 6  # looks at the index, the latest
 WIDTH = 140  # where there is no terminal to ask
 DOCUMENT = Path("docs/reliability.md")
 EPILOG = "Exit status: 0 all bars held, 1 some did not, 2 it could not be run, 130 interrupted."
@@ -135,7 +136,7 @@ class _Teller(contextlib.AbstractContextManager["_Teller"]):
         mark = "[red]✗[/red]" if broken else "[green]✓[/green]"
         told = ", ".join(f"{v} {k}" for k, v in named.items() if k in ("failed", "cut", "precise", "cached"))
         self._console.print(f"{mark} {named['fault']:16} {named['right again after']:>6}  {told}; {named['engines']}")
-        for line in (*broken, *(t for r in result.recoveries for t in r.troubles)):
+        for line in (*broken, *(w for r in result.recoveries if r.late for w in r.wrong[-WRONG_SHOWN:])):
             self._console.print(f"    {line}"[:1000], style="red", markup=False)
         for note in result.notes:
             self._console.print(f"    {note}", style="dim", markup=False)

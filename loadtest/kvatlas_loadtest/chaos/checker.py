@@ -19,10 +19,11 @@ import aiohttp
 from kvatlas_loadtest.chaos.truth import SETTLE_S, Gone, Kept, Look, Table, Verdict, compare, settled
 
 MODEL = "tiny"
-KEYS_A_REQUEST = 256
+KEYS_A_REQUEST = 512
 SAMPLE = 192
 ASK_WITHIN_S = 3.0
 LOOK_EVERY_S = 0.1
+PROBLEMS_KEPT = 3
 
 Said = dict[str, dict[int, int]]  # engine -> block key -> copies
 FAILURES = (aiohttp.ClientError, TimeoutError, ValueError)
@@ -36,6 +37,15 @@ class Asked:
     keys: Sequence[int]
     said: Said
     matched: Mapping[str, int]  # engine -> leading blocks of those that were asked for
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """How long it took until the index was right (None: too long), the last look, and what was wrong before."""
+
+    seconds: float | None
+    last: Look
+    wrong: tuple[str, ...] = ()
 
 
 class Checker:
@@ -83,25 +93,24 @@ class Checker:
             for engine in now
             if engine in after
         ]
-        silent = [s for s, a in zip(shards, answers, strict=True) if not isinstance(a, Asked)]
+        silent = [f"{s}: {a!r}"[:300] for s, a in zip(shards, answers, strict=True) if not isinstance(a, Asked)]
         silent += [e for e in self._engines() if e not in after]
         return Look(at, tuple(verdicts), tuple(silent))
 
-    async def until(self, right: Callable[[Look], bool], within_s: float) -> tuple[float | None, Look]:
-        """Seconds from now until the index is `right`, confirmed by a full look; None if it is not within `within_s`.
-
-        Also the last look there was, for its problems.
-        """
+    async def until(self, right: Callable[[Look], bool], within_s: float) -> Recovered:
+        """Until the index is `right`, confirmed by a full look, or `within_s` have passed."""
         begun = time.monotonic()
+        wrong: list[str] = []
         while True:
             look = await self.look()
             if right(look):
                 full = await self.look(full=True)
                 if right(full):
-                    return max(look.at - begun, 0.0), full
+                    return Recovered(max(look.at - begun, 0.0), full, tuple(wrong))
                 look = full
+            wrong.append(f"{look.at - begun:.1f} s: {'; '.join(look.problems()[:PROBLEMS_KEPT])}")
             if time.monotonic() - begun > within_s:
-                return None, look
+                return Recovered(None, look, tuple(wrong))
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def said(self, keys: Iterable[int]) -> dict[str, Said]:

@@ -29,11 +29,15 @@ TROUBLES_SHOWN = 4
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """One end of a fault. `seconds` until the index was right again; None: it was not, and `troubles` say why."""
+    """One end of a fault. `seconds` until the index was right again; None: too long. `wrong`: what was, until then."""
 
     ended: str
     seconds: float | None
-    troubles: tuple[str, ...] = ()
+    wrong: tuple[str, ...] = ()
+
+    @property
+    def late(self) -> bool:
+        return self.seconds is None or self.seconds > RECOVERY_MAX_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +73,9 @@ class Result:
         broken = list(self.troubles)
         what = "exact and right" if self.must_be_exact else "honest"
         for recovery in self.recoveries:
-            if recovery.seconds is None or recovery.seconds > RECOVERY_MAX_S:
-                when = "not" if recovery.seconds is None else f"only {recovery.seconds:.1f} s"
-                broken.append(f"{when} {what} after: {recovery.ended}")
+            if recovery.late:
+                when = "not" if recovery.seconds is None else f"only after {recovery.seconds:.1f} s"
+                broken.append(f"{when} {what} after: {recovery.ended}; {recovery.wrong[-1:]}")
         if self.figures.failed:
             broken.append(f"{self.figures.failed} requests failed: {dict(self.figures.failures)}")
         if self.kept < KEPT_MIN:

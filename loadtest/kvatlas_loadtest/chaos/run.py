@@ -121,13 +121,15 @@ class _House:
         """Every engine has been heard by every shard. Raises `ProcessFailed`."""
         for engine in self.deployment.engines:
             await self._ask(engine.url)
-        seconds, look = await self.checker.until(lambda look: look.exact, READY_WITHIN_S)
-        if seconds is None:
+        found = await self.checker.until(lambda look: look.exact, READY_WITHIN_S)
+        if found.seconds is None:
             # Messages from before anybody was there are lost without replay: a clear is where the index can begin.
             await self.begin_anew(loaded=False)
-            seconds, look = await self.checker.until(lambda look: look.exact, READY_WITHIN_S)
-        if seconds is None:
-            raise ProcessFailed("the fleet is not exact from the start: " + "; ".join(look.problems()[:TROUBLES_SHOWN]))
+            found = await self.checker.until(lambda look: look.exact, READY_WITHIN_S)
+        if found.seconds is None:
+            raise ProcessFailed(
+                f"the fleet is not exact from the start: {'; '.join(found.last.problems()[:TROUBLES_SHOWN])}"
+            )
         await self._warm_up()
 
     async def undisturbed(self, outcome: Outcome) -> Figures:

@@ -15,7 +15,7 @@ from kvatlas_loadtest.chaos.faults import PLAYS
 from kvatlas_loadtest.chaos.load import Load
 from kvatlas_loadtest.chaos.plan import Fault
 from kvatlas_loadtest.chaos.process import ProcessFailed
-from kvatlas_loadtest.chaos.report import RECOVERY_MAX_S, TROUBLES_SHOWN, Recovery, Result
+from kvatlas_loadtest.chaos.report import TROUBLES_SHOWN, Recovery, Result
 from kvatlas_loadtest.chaos.truth import Kept, Look
 
 BEFORE_WITHIN_S = 10.0
@@ -40,9 +40,9 @@ class Scene:
         self._last: Look | None = None
 
     async def play(self, undisturbed: Figures, scale: float) -> Result:
-        before, look = await self._checker.until(lambda look: look.exact, BEFORE_WITHIN_S)
-        if before is None:
-            self._troubles += [f"before the fault: {p}" for p in look.problems()[:TROUBLES_SHOWN]]
+        before = await self._checker.until(lambda look: look.exact, BEFORE_WITHIN_S)
+        if before.seconds is None:
+            self._troubles += [f"before the fault: {p}" for p in before.last.problems()[:TROUBLES_SHOWN]]
         begun = time.monotonic()
         await asyncio.sleep(STEADY_S * scale)
         async with self._watching():
@@ -71,12 +71,9 @@ class Scene:
 
     async def recovered(self, ended: str) -> None:
         must_be_exact = self.fault.replay or not self.fault.scenario.loses_events
-        seconds, self._last = await self._checker.until(
-            lambda look: look.exact if must_be_exact else look.honest, GIVEN_UP_AFTER_S
-        )
-        late = seconds is None or seconds > RECOVERY_MAX_S
-        troubles = tuple(self._last.problems()[:TROUBLES_SHOWN]) if late else ()
-        self._recoveries.append(Recovery(ended, seconds, troubles))
+        found = await self._checker.until(lambda look: look.exact if must_be_exact else look.honest, GIVEN_UP_AFTER_S)
+        self._last = found.last
+        self._recoveries.append(Recovery(ended, found.seconds, found.wrong))
 
     def note(self, text: str) -> None:
         self._notes.append(text)

@@ -17,7 +17,7 @@ Table = Mapping[int, int]
 
 SETTLE_S = 0.2
 EXACT = "exact"
-GONE_MAX = 4_000
+GONE_MAX = 1_000
 
 
 def settled(tables: Sequence[Table], asked: Iterable[int]) -> dict[int, int]:
@@ -97,7 +97,7 @@ class Look:
 
     at: float
     verdicts: tuple[Verdict, ...] = ()
-    silent: tuple[str, ...] = ()  # who did not answer: shards, engines
+    silent: tuple[str, ...] = ()  # who did not answer, shards and engines, and why
 
     @property
     def exact(self) -> bool:
