@@ -33,6 +33,8 @@ BEAT_S = 0.5
 PARKED_MAX = 4096
 """Messages kept per engine while it is being taken; beyond, the newest are dropped, and the gap is replayed."""
 PARKED_ENGINES_MAX = 1024
+WIPED_S = 2.5 * BEAT_S
+"""After the store has lost everything, each shard keeps what it has, until the others have been heard again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,9 @@ class Shard:
         self._taken: set[str] = set()  # of those, the ones it has taken in whole
         self._parked: dict[str, deque[tuple[Origin, list[bytes]]]] = {}
         self._hurry = asyncio.Event()
+        self._asked: list[str] = []  # engines of the last heartbeat: of one cut short, the lease may be held unawares
+        self._beaten = False
+        self._alone_until = float("-inf")
 
     # -- what the indexer tells it -------------------------------------------------------------------------------------
 
@@ -121,18 +126,21 @@ class Shard:
         """Hands everything over: written, then let go."""
         try:
             await self._publisher.flush_all()
-            for address, fence in self._fences.items():
-                await self._leases.release(address, fence)
-            await self._leases.leave()
+            await self._leases.leave([*{*self._asked, *self._fences}])
         except StoreUnavailable as error:
             log.warning("engines could not be handed over", extra={"why": str(error)})
 
     async def _beat(self) -> None:
         now = self._clock()
         heard = [address for address in self._parked if self._ownership.hears(address, now)]
-        asked = list(dict.fromkeys([*self._specs, *self._fences, *heard]))
-        beat = await self._leases.beat(asked, self._fences)
+        self._asked = list(dict.fromkeys([*self._specs, *self._fences, *heard]))
+        beat = await self._leases.beat(self._asked, self._fences)
+        if beat.first and self._beaten:
+            self._alone_until = now + WIPED_S
+        self._beaten = True
         await self._keep(beat)
+        if now < self._alone_until:
+            return
         wanted = {address: spec.events is not None for address, spec in self._specs.items()}
         moves = self._ownership.moves(wanted=wanted, leases=beat.leases, live=beat.live, now=now)
         for address in [a for a, move in moves.items() if move is Move.RELEASE and a in self._taken]:
@@ -155,7 +163,7 @@ class Shard:
             self._fences[address] = again
             for engine in self._engines(address):
                 if await self._store.raise_fence(engine, again) is None:
-                    self._let_go(address)
+                    await self._abandon(address)
                     break
                 self._publisher.own(engine, again)
 
@@ -181,20 +189,22 @@ class Shard:
         """Reads back what is known of these engines, and goes on where their last owners stood."""
         records = self._left_behind(await self._store.records(), fences)
         reached: dict[EngineId, list[Reached | None]] = {}
+        refused: set[str] = set()
         for engine in {*records, *(e for address in fences for e in self._named(address))}:
             positions = await self._store.raise_fence(engine, fences[engine.address])
-            if positions is not None:
+            if positions is None:
+                refused.add(engine.address)
+            else:
                 reached[engine] = [Reached(p.epoch, p.seq, p.ts, p.digest) if p else None for p in positions]
-        numbers = {number for record in records.values() for number in record.slot_numbers()}
-        holdings: dict[int, list[Holding]] = {}
-        if numbers:
-            async for batch in self._store.scan(numbers):
-                for key, number, copies in batch:
-                    holdings.setdefault(number, []).append((key, number, copies))
+        for address in refused:
+            await self._abandon(address)
+        fences = {address: fence for address, fence in fences.items() if address not in refused}
+        reached = {engine: at for engine, at in reached.items() if engine.address in fences}
+        records = {engine: record for engine, record in records.items() if engine in reached}
+        holdings = await self._read_back(records.values())
         now = self._wall()
         for engine, record in records.items():
-            if engine in reached:
-                self._adopt(engine, record, reached[engine], holdings, now)
+            self._adopt(engine, record, reached[engine], holdings, now)
         self._taken |= fences.keys()
         for engine in reached:
             self._publisher.own(engine, fences[engine.address])
@@ -206,6 +216,16 @@ class Shard:
             for origin, frames in self._parked.pop(address, ()):
                 self._hands.apply(origin, frames)
         log.info("engines taken", extra={"engines": sorted(fences)})
+
+    async def _read_back(self, records: Iterable[EngineRecord]) -> dict[int, list[Holding]]:
+        """What these engines hold, by slot number."""
+        numbers = {number for record in records for number in record.slot_numbers()}
+        holdings: dict[int, list[Holding]] = {}
+        if numbers:
+            async for batch in self._store.scan(numbers):
+                for key, number, copies in batch:
+                    holdings.setdefault(number, []).append((key, number, copies))
+        return holdings
 
     def _left_behind(
         self, found: tuple[int, dict[str, bytes]], fences: Mapping[str, int]
@@ -243,11 +263,15 @@ class Shard:
 
     async def _give_up(self, address: str) -> None:
         """Another shard is to own it: everything is written, then the lease let go."""
-        fence = self._fences[address]
         self._taken.discard(address)
         await self._publisher.flush_all()
+        await self._abandon(address)
+
+    async def _abandon(self, address: str) -> None:
+        fence = self._fences.get(address)
         self._let_go(address)
-        await self._leases.release(address, fence)
+        if fence is not None:
+            await self._leases.release(address, fence)
 
     def _let_go(self, address: str) -> None:
         engines = self._engines(address)
