@@ -105,39 +105,49 @@ class Publisher:
         """Writes everything that is to be written now. Raises `StoreUnavailable`: it stays to be written."""
         async with self._flushing:
             await self._stock_up()
-            for engine in [e for e in self.projection.waiting() if e in self._fences and e not in self._written]:
-                self.projection.publish_again(engine)
-            again = [engine for engine in self.projection.waiting() if self._may(engine, again=True)]
-            whole = self.projection.whole(again) if again else {}
+            self._renumber()
             await self._put_records()
-            await self._write(whole, whole_engines=True)
-            waiting = [engine for engine in self.projection.waiting() if self._may(engine, again=False)]
-            await self._write({engine: self.projection.take(engine) for engine in waiting}, whole_engines=False)
+            await self._write(whole=True)
+            await self._write(whole=False)
             await self._bury()
         if self.unwritten_since is not None:
             log.info("the store takes writes again", extra={"after_s": round(self._clock() - self.unwritten_since, 3)})
             self.unwritten_since = None
 
-    def _may(self, engine: EngineId, *, again: bool) -> bool:
-        return engine in self._fences and self.projection.is_whole(engine) is again
+    def _renumber(self) -> None:
+        """What is published as a whole gets new numbers, and its record has them before the blocks do."""
+        for engine in self._fences.keys() - self._written:
+            if engine in self.projection.waiting():
+                self.projection.publish_again(engine)
+        again = [e for e in self._fences if self.projection.is_whole(e) and self._position(e) is not None]
+        self.projection.renumber(again)
 
-    async def _write(self, writes: dict[EngineId, list[Write]], *, whole_engines: bool) -> None:
+    async def _write(self, *, whole: bool) -> None:
+        """Blocks, and how far their engines have come, taken between two messages. One whose record has fallen behind
+        meanwhile waits for the next time: a successor would look for its blocks where they are not.
+        """
+        known = {known.id: known for known in self._index.known()}
+        positions: dict[EngineId, Position] = {}
+        for engine in self.projection.waiting():
+            if self.projection.is_whole(engine) is whole and engine in self._fences and engine in known:
+                position = self._position(engine)
+                if position is not None and self._as_described(known[engine]):
+                    positions[engine] = position
+        if not positions:
+            return
+        projection = self.projection
+        writes = projection.whole(positions) if whole else {engine: projection.take(engine) for engine in positions}
         flushes: list[Flush] = []
         for engine, parts in writes.items():
-            position = self._position(engine)
-            if position is None:
-                continue  # nothing of this epoch has been applied
             by_partition = {write.partition: write for write in parts}
             for partition in range(self._store.partitions):
                 write = by_partition.get(partition) or Write(engine, partition, ())
-                flushes.append(Flush(write, self._fences[engine], position, whole_engines))
-        if not flushes:
-            return
+                flushes.append(Flush(write, self._fences[engine], positions[engine], whole))
         try:
             outcomes = await self._store.write_all(flushes)
-        except StoreUnavailable:
+        except BaseException:  # cancelled too: it may or may not have been written, and is not to be lost
             for engine, parts in writes.items():
-                if whole_engines:
+                if whole:
                     self.projection.publish_again(engine)
                 else:
                     self.projection.put_back(engine, parts)
@@ -163,23 +173,24 @@ class Publisher:
     async def _put_records(self) -> None:
         expected, residency = self._index.rules.expected, self._index.residency
         records: dict[str, tuple[int, bytes]] = {}
-        known: dict[EngineId, Known] = {known.id: known for known in self._index.known()}
-        for engine, one in known.items():
-            if (fence := self._fences.get(engine)) is None or self._as_described(one):
+        signatures: dict[EngineId, tuple[object, ...]] = {}
+        for known in self._index.known():
+            engine = known.id
+            if (fence := self._fences.get(engine)) is None or self._as_described(known):
                 continue
-            record = encode_record(describe(one, expected, self.projection, residency))
+            record = encode_record(describe(known, expected, self.projection, residency))
+            signatures[engine] = self._signature(known)
             if self._told.get(engine) != record:
                 records[str(engine)] = (fence, record)
-        if records:
-            refused = await self._store.put_records(records)
-            for name, (_, record) in records.items():
-                engine = EngineId.parse(name)
-                if name in refused:
-                    self.lost(engine)
-                else:
-                    self._told[engine] = record
-                    self._described[engine] = self._signature(known[engine])
-        for engine in [engine for engine in self._told if engine not in known]:
+        refused = await self._store.put_records(records) if records else frozenset()
+        for name in refused:
+            self.lost(EngineId.parse(name))
+        for engine, signature in signatures.items():
+            if engine in self._fences:
+                self._told[engine] = records[str(engine)][1] if str(engine) in records else self._told[engine]
+                self._described[engine] = signature
+        known_now = {known.id for known in self._index.known()}
+        for engine in [engine for engine in self._told if engine not in known_now]:
             if (fence := self._fences.get(engine)) is not None:
                 await self._store.remove_record(engine, fence)
             del self._told[engine]

@@ -1,7 +1,8 @@
 """Leases in Redis: which shard owns which engine, and which shards there are; `core.ownership` says what follows.
 
 A lease is a hash with a time to live, `shard` and `fence`. Its fence is higher than any given out for the engine
-before, so that an owner that has been replaced without noticing can write nothing any more. All times are Redis's own.
+before, so that an owner that has been replaced without noticing can write nothing any more. Fences follow the clock
+(ms): also after the highest one was lost, in a wipe or a fail-over, the next is higher. All times are Redis's own.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ BEAT = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local shard, lease_ms = ARGV[1], tonumber(ARGV[2])
+local first = redis.call('EXISTS', KEYS[1]) == 0
 redis.call('ZADD', KEYS[1], now, shard)
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - lease_ms)
-local found = {redis.call('ZRANGE', KEYS[1], 0, -1)}
+local found = {redis.call('ZRANGE', KEYS[1], 0, -1), first and 1 or 0}
 for i = 2, #KEYS do
   local lease = redis.call('HMGET', KEYS[i], 'shard', 'fence')
   if lease[1] == shard and lease[2] == ARGV[i + 1] then
     redis.call('PEXPIRE', KEYS[i], lease_ms)
   end
-  found[i] = lease
+  found[i + 1] = lease
 end
 return found
 """
@@ -33,9 +35,12 @@ local lease = redis.call('HMGET', KEYS[1], 'shard', 'fence')
 if lease[1] and lease[1] ~= ARGV[1] and ARGV[3] ~= '1' then
   return false
 end
-local fence = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(lease[2] or '0'), tonumber(ARGV[4])) + 1
-redis.call('SET', KEYS[2], fence)
-redis.call('HSET', KEYS[1], 'shard', ARGV[1], 'fence', fence)
+local t = redis.call('TIME')
+local known = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(lease[2] or '0'), tonumber(ARGV[4]))
+local fence = math.max(known + 1, t[1] * 1000 + math.floor(t[2] / 1000))
+local said = string.format('%.0f', fence)
+redis.call('SET', KEYS[2], said)
+redis.call('HSET', KEYS[1], 'shard', ARGV[1], 'fence', said)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return fence
 """
@@ -46,7 +51,14 @@ if lease[1] == ARGV[1] and lease[2] == ARGV[2] then
 end
 """
 
-LEAVE = "redis.call('ZREM', KEYS[1], ARGV[1])"
+LEAVE = """
+redis.call('ZREM', KEYS[1], ARGV[1])
+for i = 2, #KEYS do
+  if redis.call('HGET', KEYS[i], 'shard') == ARGV[1] then
+    redis.call('DEL', KEYS[i])
+  end
+end
+"""
 
 
 class Scripts(Protocol):
@@ -57,10 +69,14 @@ class Scripts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a heartbeat found: the live shards (this one too), and who holds the leases that were asked about."""
+    """What a heartbeat found: the live shards (this one too), and who holds the leases that were asked about.
+
+    `first`: nobody had been heard before. The store is new, or it was wiped, and others are still to be heard.
+    """
 
     live: frozenset[str]
     leases: Mapping[str, Lease]
+    first: bool
 
 
 class RedisLeases:
@@ -76,7 +92,7 @@ class RedisLeases:
         """I am alive, and so are my leases. `held`: address -> fence of those this shard believes it holds."""
         keys = [self._prefix + b"shards", *(self._lease(address) for address in addresses)]
         args: list[str | int] = [self._shard, self._lease_ms, *(held.get(address, 0) for address in addresses)]
-        live, *leases = await self._scripts.run_script(BEAT, keys, args)
+        live, first, *leases = await self._scripts.run_script(BEAT, keys, args)
         return Beat(
             frozenset(shard.decode() for shard in live),
             {
@@ -84,6 +100,7 @@ class RedisLeases:
                 for address, (shard, fence) in zip(addresses, leases, strict=True)
                 if shard is not None and fence is not None
             },
+            bool(first),
         )
 
     async def acquire(self, address: str, *, force: bool, above: int = 0) -> int | None:
@@ -95,9 +112,12 @@ class RedisLeases:
     async def release(self, address: str, fence: int) -> None:
         await self._scripts.run_script(RELEASE, [self._lease(address)], [self._shard, fence])
 
-    async def leave(self) -> None:
-        """This shard is going: the others need not wait for its silence."""
-        await self._scripts.run_script(LEAVE, [self._prefix + b"shards"], [self._shard])
+    async def leave(self, addresses: Sequence[str]) -> None:
+        """This shard is going, and lets go of whichever of these it holds, all at once: the others need not wait for
+        its silence, and none of them sees an engine free that would still fall to this one.
+        """
+        keys = [self._prefix + b"shards", *(self._lease(address) for address in addresses)]
+        await self._scripts.run_script(LEAVE, keys, [self._shard])
 
     def _lease(self, address: str) -> bytes:
         return self._prefix + b"o" + address.encode()

@@ -143,20 +143,21 @@ class Projection:
                 if (slot := numbers.get(slot_write.number)) is not None:
                     self.touch(slot, slot_write.keys)
 
-    def whole(self, engines: Iterable[EngineId]) -> dict[EngineId, list[Write]]:
-        """Everything these engines hold, in one walk over the index; nothing of them is pending any longer.
+    def renumber(self, engines: Iterable[EngineId]) -> None:
+        """Before these are published as a whole: what the store may still hold under their old numbers is dead."""
+        for slot in [slot for engine in engines for slot in self._residency.slots(engine)]:
+            if slot.number is not None:
+                self.retired(slot)
+                slot.number = None
+                self.renumbered += 1
 
-        Under new numbers: what the store may still hold under the old ones is dead.
-        """
-        self.renumbered += 1
+    def whole(self, engines: Iterable[EngineId]) -> dict[EngineId, list[Write]]:
+        """Everything these engines hold, in one walk over the index; nothing of them is pending any longer."""
         held: dict[EngineId, list[Write]] = {}
         wanted = {engine: self._residency.slots(engine) for engine in engines}
         keys_of = self._residency.keys_of([slot for slots in wanted.values() for slot in slots])
         for engine, slots in wanted.items():
             self._pending.pop(engine, None)
-            for slot in slots:
-                self.retired(slot)
-                slot.number = None
             by_partition: dict[int, list[SlotWrite]] = {}
             for slot in slots:
                 for partition, part in self._parted(keys_of[slot]):
