@@ -229,7 +229,7 @@ class Naming:
         configured = self._expected.profiles(len(root.tokens))
         waiting = not says_extra_keys and self._roots_failed < UNPROVEN_ROOTS_MAX
         if configured and waiting:
-            self.profile = configured[0]
+            self.profile = next((c for c in configured if c.extra_keys is not ExtraKeys.TAGGED), configured[0])
             return []
         self._recompute(len(root.tokens), blind=not says_extra_keys)
         if waiting:
