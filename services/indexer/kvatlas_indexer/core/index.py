@@ -393,6 +393,7 @@ class KvIndex:
         status = known.status_now()
         if status != known.status:
             known.status, self._verified = status, None
+            self._matching_version += 1
             self._stale.add(engine.id)
         return commands
 
