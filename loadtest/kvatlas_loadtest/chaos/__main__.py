@@ -25,9 +25,9 @@ from kvatlas_loadtest.chaos.books import Figures
 from kvatlas_loadtest.chaos.deployment import Options
 from kvatlas_loadtest.chaos.load import Shape
 from kvatlas_loadtest.chaos.plan import SCENARIOS
-from kvatlas_loadtest.chaos.process import ProcessFailed
 from kvatlas_loadtest.chaos.report import HEADINGS, Result, cells, inserted, markdown, rows
 from kvatlas_loadtest.chaos.run import Outcome, Wanted, run
+from kvatlas_loadtest.process import ProcessFailed
 
 EXIT_BROKEN, EXIT_UNUSABLE, EXIT_INTERRUPTED = 1, 2, 130
 WRONG_SHOWN = 6  # looks at the index, the latest

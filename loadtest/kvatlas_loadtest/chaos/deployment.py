@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvatlas_loadtest.chaos.process import Node
 from kvatlas_loadtest.chaos.wires import FrameRelay, TcpRelay
+from kvatlas_loadtest.process import Node
 from kvatlas_loadtest.valkey import Valkey
 
 HOST = "127.0.0.1"

@@ -17,9 +17,9 @@ from kvatlas_loadtest.chaos.checker import Checker
 from kvatlas_loadtest.chaos.deployment import Deployment, Options, deployed
 from kvatlas_loadtest.chaos.load import CHAT, Load, Shape, warm_up_bodies
 from kvatlas_loadtest.chaos.plan import Fault, schedule
-from kvatlas_loadtest.chaos.process import ProcessFailed
 from kvatlas_loadtest.chaos.report import TROUBLES_SHOWN, Result
 from kvatlas_loadtest.chaos.stage import Scene
+from kvatlas_loadtest.process import ProcessFailed
 
 READY_WITHIN_S = 30.0
 WARM_S = 4.0

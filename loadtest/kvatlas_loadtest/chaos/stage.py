@@ -14,9 +14,9 @@ from kvatlas_loadtest.chaos.deployment import Deployment
 from kvatlas_loadtest.chaos.faults import PLAYS
 from kvatlas_loadtest.chaos.load import Load
 from kvatlas_loadtest.chaos.plan import Fault
-from kvatlas_loadtest.chaos.process import ProcessFailed
 from kvatlas_loadtest.chaos.report import TROUBLES_SHOWN, Recovery, Result
 from kvatlas_loadtest.chaos.truth import Kept, Look
+from kvatlas_loadtest.process import ProcessFailed
 
 BEFORE_WITHIN_S = 10.0
 STEADY_S = 2.0

@@ -1,4 +1,4 @@
-"""One process of the deployment through all its lives: started, killed, stopped and started again, by its own pid only.
+"""A process of ours through all its lives: started, killed, stopped and started again, by its own pid only.
 
 Ports are chosen by the process in its first life (port 0) and told to it in every later one: whoever knew where it was
 finds it there again. Each process leads a process group of its own, so that a Ctrl-C at the terminal reaches the
