@@ -81,11 +81,22 @@ class Stray:
     exchange: Exchange
     home: Exchange  # the turn before
 
+    @property
+    def after_s(self) -> float:
+        """How long after the answer before it was sent."""
+        return self.exchange.sent_s - self.home.done_s
+
+    @property
+    def overtook(self) -> bool:
+        """Sent so soon that its home may not have published what it holds."""
+        return self.after_s < EVENTS_UNDER_WAY_S
+
     def __str__(self) -> str:
         e = self.exchange
         return (
             f"#{e.number} (turn {e.turn} of conversation {e.conversation}) went to {e.engine}, its home is "
-            f"{self.home.engine} (#{self.home.number}); predicted {e.predicted}, was {e.actual}, reason {e.reason}"
+            f"{self.home.engine} (#{self.home.number}, answered {self.after_s * 1000:.0f} ms before); "
+            f"predicted {e.predicted}, was {e.actual}, reason {e.reason}"
         )
 
 

@@ -27,6 +27,7 @@ REQUESTS = 200
 EXACT_SHARE_MIN = 0.99
 IMPRECISE_MAX = 2  # until an engine's first event tells its hash profile, nothing can be predicted of it
 PRECISE = "precise"
+OVERTAKING_MAX = 2  # follow-ups sent before their home had published what it holds
 READING_S = 0.05  # clients read an answer before they go on; without it, some requests overtake their engine's events
 VLLM = os.environ.get("KVATLAS_VLLM", "")
 
@@ -111,7 +112,9 @@ async def test_what_is_predicted_is_what_the_engines_report(
     assert more["checks of tokens that differed"] == 0
     assert (more["blocks evicted"] > 0) == ("--num-gpu-blocks-override" in configuration.flags)
     assert report.homes > REQUESTS // 5
-    assert not [str(s) for s in report.strayed if s.exchange.reason == PRECISE]
+    astray = [s for s in report.strayed if s.exchange.reason == PRECISE]
+    assert not [str(s) for s in astray if not s.overtook]
+    assert len(astray) <= OVERTAKING_MAX, [str(s) for s in astray]
 
 
 def _more(deployment: Deployment) -> dict[str, float]:
