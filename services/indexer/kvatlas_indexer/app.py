@@ -20,6 +20,7 @@ from kvatlas_common.engines.discovery import watch
 from kvatlas_common.engines.probe import EngineFacts, Prober
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.logs import LimitedLog
+from kvatlas_common.observations import Observation
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.adapters.grpc_server import GrpcServer
 from kvatlas_indexer.adapters.http_server import serve
@@ -40,6 +41,7 @@ from kvatlas_indexer.adapters.zmq_source import Origin, ZmqSource, ZmqSourceOpti
 from kvatlas_indexer.core.accuracy import Accuracy
 from kvatlas_indexer.core.contracts import Index
 from kvatlas_indexer.core.engine import Bounds
+from kvatlas_indexer.core.healing import Healing
 from kvatlas_indexer.core.index import Command, KvIndex, Rules
 from kvatlas_indexer.core.naming import Expected, Finding
 from kvatlas_indexer.core.stream import Limits, ReplayEnd
@@ -61,6 +63,7 @@ class Indexer:
         self.settings = settings
         self.index = KvIndex(_rules(settings), on_finding=self._find)
         self.accuracy = Accuracy()
+        self.healing = Healing(self.index, on_finding=self._find)
         self.ready = False
         self.zmq_endpoints: tuple[str, ...] = ()
         self.grpc_address = ""
@@ -136,12 +139,12 @@ class Indexer:
 
     async def _serve(self) -> None:
         settings = self.settings
-        grpc = GrpcServer(self._answers, self.accuracy.observe)
+        grpc = GrpcServer(self._answers, self._on_observation)
         host, port = _split(settings.grpc_listen)
         self.grpc_address = f"{host}:{await grpc.start(host, port)}"
         self._stack.push_async_callback(grpc.stop, settings.drain_s)
         registry = CollectorRegistry()
-        registry.register(IndexMetrics(self.index, self.accuracy, self._source.received, grpc.observed))
+        registry.register(IndexMetrics(self.index, self.accuracy, self.healing, self._source.received, grpc.observed))
         host, port = _split(settings.rest_listen)
         app = build_app(self._answers, ready=lambda: self.ready, registry=registry, blocks=self._blocks)
         rest = await serve(app, host, port)
@@ -210,6 +213,11 @@ class Indexer:
 
     def _on_facts(self, facts: EngineFacts) -> None:
         self._perform(self.index.on_facts(facts, time.time()))
+
+    def _on_observation(self, observation: Observation) -> None:
+        self.accuracy.observe(observation)
+        if self.healing.observe(observation, time.time()):
+            self._perform(())
 
     def _on_specs(self, specs: Iterable[EngineSpec]) -> None:
         if self._shard is not None:

@@ -12,6 +12,7 @@ from kvatlas_common.words import Medium
 from kvatlas_indexer.adapters.grpc_server import Observed
 from kvatlas_indexer.adapters.zmq_source import Received
 from kvatlas_indexer.core.accuracy import Accuracy
+from kvatlas_indexer.core.healing import Healing
 from kvatlas_indexer.core.index import KvIndex
 
 ENGINES_LABELLED_MAX = 512
@@ -19,10 +20,13 @@ ENGINES_LABELLED_MAX = 512
 
 
 class IndexMetrics(Collector):
-    def __init__(self, index: KvIndex, accuracy: Accuracy, received: Received, observed: Observed) -> None:
+    def __init__(
+        self, index: KvIndex, accuracy: Accuracy, healing: Healing, received: Received, observed: Observed
+    ) -> None:
         self._observed = observed
         self._index = index
         self._accuracy = accuracy
+        self._healing = healing
         self._received = received
 
     def describe(self) -> Iterator[Metric]:
@@ -86,3 +90,17 @@ class IndexMetrics(Collector):
         tokens.add_metric(["predicted"], accuracy.predicted_tokens)
         tokens.add_metric(["actual"], accuracy.actual_tokens)
         yield tokens
+        differences = CounterMetricFamily(
+            f"{name}prediction_differences", "Predictions that were wrong, of own engines, by cause", labels=["cause"]
+        )
+        for cause, count in self._healing.differences.items():
+            differences.add_metric([cause], count)
+        healed = CounterMetricFamily(
+            f"{name}healed_blocks", "Blocks set right by what engines reported", labels=["how"]
+        )
+        for how, count in self._healing.healed.items():
+            healed.add_metric([how], count)
+        yield from (differences, healed)
+        yield GaugeMetricFamily(
+            f"{name}requests_awaited", "Requests whose end will be compared", value=self._healing.awaited
+        )

@@ -13,7 +13,7 @@ entries still count until a store or a removal settles them, and in the end they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kvatlas_common.matching import Holder
@@ -41,6 +41,7 @@ class Residency:
         self._sweep_part = 0
         self._buried: list[dict[int, Any]] = []  # what nobody needs any more, freed by the sweep bit by bit
         self.journal: Journal | None = None
+        self.on_removed: Callable[[EngineId, Sequence[int]], None] | None = None
         self.version = 0
         """Rises whenever the slots of any engine change: what was derived from `places` is then stale."""
 
@@ -79,6 +80,8 @@ class Residency:
     def remove(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int]) -> int:
         """One copy less of each block; returns how many were not there."""
         place, keys = self._engines.get(engine, {}).get((group, medium)), list(keys)
+        if self.on_removed is not None:
+            self.on_removed(engine, keys)
         if place is None:
             return len(keys)
         missing, gone, slot, parts = 0, 0, place.live, self._parts

@@ -130,6 +130,11 @@ class Stream:
     def replaying(self) -> bool:
         return self._mode is not _Mode.LIVE
 
+    @property
+    def lost(self) -> bool:
+        """Whether something of this epoch was lost, and nothing has made up for it since."""
+        return self._heard and not self._whole
+
     def standing(self) -> tuple[bool, str, float | None, float | None]:
         """What a successor needs beside the last message: `resume` takes it."""
         return self._whole and not self._unsure, self._loss or self._unsure, self._epoch_ts, self._process_start
