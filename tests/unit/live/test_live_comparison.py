@@ -70,7 +70,7 @@ def test_follow_ups_are_looked_for_where_the_turn_before_was() -> None:
     other = exchange(3, conversation=8)
     report = compare([first, home, away, other])
     assert (report.homes, report.homes_found) == (2, 1)
-    assert str(report.strayed[0]).startswith("#2 (turn 2 of conversation 7) went to b:1, its home is a:1 (#1)")
+    assert str(report.strayed[0]).startswith("#2 (turn 2 of conversation 7) went to b:1, its home is a:1 (#1, ")
 
 
 def test_the_table_has_a_column_per_configuration() -> None:
