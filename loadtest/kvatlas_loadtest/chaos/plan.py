@@ -55,6 +55,7 @@ class Fault:
     pick: float
     down_s: float
     share: float  # of event messages that are lost, repeated or late
+    keeps_cached: bool  # it must cost next to nothing of the cached share
 
 
 def schedule(
@@ -68,7 +69,7 @@ def schedule(
     if unknown:
         raise ValueError(f"no scenario is named {', '.join(unknown)}; there are: {', '.join(BY_NAME)}")
     wanted = [s for s in SCENARIOS if (not only or s.name in only) and (redis or not s.shared)]
-    return tuple(_played(seed, scenario, replay, scale) for scenario in wanted)
+    return tuple(_played(seed, scenario, scale, replay=replay, redis=redis) for scenario in wanted)
 
 
 def victim(fault: Fault, candidates: Sequence[str]) -> str:
@@ -77,7 +78,7 @@ def victim(fault: Fault, candidates: Sequence[str]) -> str:
     return ordered[min(int(fault.pick * len(ordered)), len(ordered) - 1)]
 
 
-def _played(seed: int, scenario: Scenario, replay: bool, scale: float) -> Fault:
+def _played(seed: int, scenario: Scenario, scale: float, *, replay: bool, redis: bool) -> Fault:
     chance = random.Random(f"{seed}/{scenario.name}/{replay}")
     return Fault(
         scenario,
@@ -85,4 +86,5 @@ def _played(seed: int, scenario: Scenario, replay: bool, scale: float) -> Fault:
         pick=chance.random(),
         down_s=chance.uniform(2.0, 4.0) * scale,
         share=chance.uniform(0.15, 0.4),
+        keeps_cached=scenario.keeps_cached and replay and redis,
     )

@@ -80,7 +80,7 @@ class Result:
             broken.append(f"{self.figures.failed} requests failed: {dict(self.figures.failures)}")
         if self.kept < KEPT_MIN:
             broken.append(f"{1 - self.kept:.1%} of what was known and still is so has been wiped")
-        if self.fault.scenario.keeps_cached and self.fault.replay and not self.cached_drop <= CACHED_DROP_MAX:
+        if self.fault.keeps_cached and not self.cached_drop <= CACHED_DROP_MAX:
             broken.append(f"cached share {self.cached_drop * 100:.1f} points below the undisturbed one")
         return broken
 
@@ -98,7 +98,7 @@ def rows(results: Iterable[Result], elsewhere: Sequence[str] = ()) -> list[dict[
         found.append(_row(f"{name}_precise_share", figures.precise, "share"))
         peer = ("undisturbed", result.undisturbed.cached)
         budget = None
-        if scenario.keeps_cached and result.fault.replay:
+        if result.fault.keeps_cached:
             budget = result.undisturbed.cached - CACHED_DROP_MAX
         found.append(_row(f"{name}_cached_share", figures.cached, "share", budget, peer=peer))
         if not math.isnan(result.kept):
@@ -135,7 +135,18 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None or math.isnan(value) else round(value, 4)
 
 
-HEADINGS = ("fault", "right again after", "requests", "failed", "cut", "precise", "cached", "undisturbed", "engines")
+HEADINGS = (
+    "fault",
+    "right again after",
+    "requests",
+    "failed",
+    "cut",
+    "slowest",
+    "precise",
+    "cached",
+    "undisturbed",
+    "engines",
+)
 
 
 def cells(result: Result) -> tuple[str, ...]:
@@ -151,6 +162,7 @@ def cells(result: Result) -> tuple[str, ...]:
         str(figures.requests),
         str(figures.failed),
         str(figures.cut),
+        "-" if math.isnan(figures.slowest_s) else f"{figures.slowest_s:.2f} s",
         _percent(figures.precise),
         _percent(figures.cached),
         _percent(result.undisturbed.cached),

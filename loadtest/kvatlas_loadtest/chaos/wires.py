@@ -46,6 +46,7 @@ class TcpRelay:
         self._open.set()
         if self._server is not None:
             self._server.close()
+            self._server = None
         for link in self._links:
             link.cancel()
         await asyncio.gather(*self._links, return_exceptions=True)
@@ -54,16 +55,15 @@ class TcpRelay:
         task = asyncio.create_task(self._serve(reader, writer))
         self._links.add(task)
         task.add_done_callback(self._links.discard)
+        task.add_done_callback(lambda _: writer.close())  # also of one cancelled before it began
+        if self._server is None:
+            task.cancel()  # accepted while the relay was being closed
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        with contextlib.suppress(OSError):  # an end is gone: so is the connection
             await self._open.wait()
             if (there := await self._reach()) is not None:
                 await self._link(reader, writer, *there)
-        except OSError:
-            pass  # an end is gone: so is the connection
-        finally:
-            writer.close()
 
     async def _reach(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         for target in self._targets():
@@ -116,9 +116,42 @@ class FrameCounts:
     twice: int = 0
     late: int = 0
 
+    @property
+    def hit(self) -> int:
+        return self.lost + self.twice + self.late
+
+
+class Misfortune:
+    """Decides what becomes of each message. `faults` may be changed at any time."""
+
+    def __init__(self, seed: int) -> None:
+        self.faults = FrameFaults()
+        self.counts = FrameCounts()
+        self._chance = random.Random(seed)
+        self._held: list[bytes] | None = None
+
+    def after(self, message: list[bytes]) -> list[list[bytes]]:
+        """The messages to pass on now that this one has come."""
+        faults, draw = self.faults, self._chance.random()
+        held, self._held = self._held, None
+        if draw < faults.lost:
+            self.counts.lost += 1
+            out = []
+        elif draw < faults.lost + faults.twice:
+            self.counts.twice += 1
+            out = [message, message]
+        elif draw < faults.lost + faults.twice + faults.late and held is None:
+            self.counts.late += 1
+            self._held = message
+            out = []
+        else:
+            self.counts.passed += 1
+            out = [message]
+        return out if held is None else [*out, held]
+
 
 class FrameRelay:
-    """Between one engine's PUB socket and who subscribes to it. `faults` may be changed at any time.
+    """Between one engine's PUB socket and who subscribes to it. `frames` says what goes wrong.
 
     Engines that bind are dialled at `source`; with `source` None the relay binds, and the engine connects to `inlet`.
     With `sink` None it binds, and indexers dial `outlet`; else it connects there, as such an engine would have.
@@ -126,13 +159,10 @@ class FrameRelay:
 
     def __init__(self, *, source: str | None, sink: str | None, seed: int) -> None:
         self.inlet = self.outlet = ""
-        self.faults = FrameFaults()
-        self.counts = FrameCounts()
+        self.frames = Misfortune(seed)
         self._source, self._sink = source, sink
-        self._chance = random.Random(seed)
         self._context: zmq.asyncio.Context = zmq.asyncio.Context()
         self._relaying: asyncio.Task[None] | None = None
-        self._held: list[bytes] | None = None
 
     async def start(self) -> None:
         sub, pub = self._context.socket(zmq.SUB), self._context.socket(zmq.PUB)
@@ -152,26 +182,8 @@ class FrameRelay:
 
     async def _relay(self, sub: zmq.asyncio.Socket, pub: zmq.asyncio.Socket) -> None:
         while True:
-            for message in self._after_faults(await sub.recv_multipart()):
+            for message in self.frames.after(await sub.recv_multipart()):
                 await pub.send_multipart(message)
-
-    def _after_faults(self, message: list[bytes]) -> list[list[bytes]]:
-        faults, draw = self.faults, self._chance.random()
-        held, self._held = self._held, None
-        if draw < faults.lost:
-            self.counts.lost += 1
-            out = []
-        elif draw < faults.lost + faults.twice:
-            self.counts.twice += 1
-            out = [message, message]
-        elif draw < faults.lost + faults.twice + faults.late and held is None:
-            self.counts.late += 1
-            self._held = message
-            out = []
-        else:
-            self.counts.passed += 1
-            out = [message]
-        return out if held is None else [*out, held]
 
 
 def _attach(socket: zmq.asyncio.Socket, endpoint: str | None) -> str:
