@@ -22,11 +22,11 @@ from rich.console import Console
 from kvatlas_cli import capture
 from kvatlas_common.blocks.extras import UnknownExtra
 from kvatlas_common.blocks.keys import prompt_keys
-from kvatlas_common.blocks.profile import Algorithm, HashProfile
+from kvatlas_common.blocks.profile import BLOCK_SIZE_MAX, Algorithm, ExtraKeys, HashProfile
 from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.events.decode import decode_batch
-from kvatlas_common.events.types import AllBlocksCleared, MalformedBatch
+from kvatlas_common.events.types import AllBlocksCleared
 from kvatlas_common.fleet import Health
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.index import KvIndex, Rules
@@ -92,7 +92,7 @@ class _Audit:
     def _apply_until(self, count: int) -> None:
         for message in self._capture.messages[self._applied : count]:
             self._apply(self._index, message.frames, message.t)
-        self._applied = count
+        self._applied = max(self._applied, count)
 
     def _apply(self, index: KvIndex, frames: Sequence[bytes], t: float) -> None:
         index.on_frames(frames, t, peer=None, dialled=EngineId(ADDRESS), port_rank=0)
@@ -128,25 +128,33 @@ class _Audit:
 
     def _is_explained(self, request: capture.CapturedRequest) -> bool:
         """At most one request per clear."""
-        following = request.events_before
-        if following >= len(self._capture.messages) or following in self._explained_by:
+        following = self._next_of(request)
+        if following is None or following in self._explained_by:
             return False
-        frames = self._capture.messages[following].frames
-        try:
-            batch = decode_batch(frames[2])
-        except (MalformedBatch, IndexError):
-            return False
+        topic, seq, payload = self._capture.messages[following].frames
+        batch = decode_batch(payload)
         if not any(isinstance(event, AllBlocksCleared) for event in batch.events):
             return False
         cleared = self._new_index(lambda engine, finding: None)
-        for message in self._capture.messages[:following]:
+        for message in self._capture.messages[: request.events_before]:
             self._apply(cleared, message.frames, message.t)
         only_the_clear = msgspec.msgpack.encode([batch.ts, [["AllBlocksCleared"]], batch.rank])
-        self._apply(cleared, [*frames[:2], only_the_clear], batch.ts)
+        self._apply(cleared, [topic, seq, only_the_clear], batch.ts)
         if self._predict(cleared, request) != request.cached_tokens:
             return False
         self._explained_by.add(following)
         return True
+
+    def _next_of(self, request: capture.CapturedRequest) -> int | None:
+        """The place of the next message of the request's engine; ranks share a capture."""
+        for place in range(request.events_before, len(self._capture.messages)):
+            try:
+                _, _, payload = self._capture.messages[place].frames
+                if (decode_batch(payload).rank or 0) == request.rank:
+                    return place
+            except ValueError:  # not three frames, or a payload that is none
+                continue
+        return None
 
 
 def _described(profile: HashProfile | None, verified: bool) -> dict[str, Any]:
@@ -165,10 +173,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "capture", type=Path, metavar="DIR", help="folder with events.jsonl[.gz] and requests.jsonl[.gz]"
     )
-    parser.add_argument("--block-size", type=int, metavar="N", help="tokens per block; discovered if not given")
-    parser.add_argument("--hash-seed", metavar="SEED", help="PYTHONHASHSEED of the engine; discovered if not given")
+    parser.add_argument("--block-size", type=_block_size, metavar="N", help="tokens per block; discovered if not given")
     parser.add_argument(
-        "--prefix-caching-hash-algo", type=Algorithm, choices=list(Algorithm), metavar="ALGO",
+        "--hash-seed", type=_seed, metavar="SEED", help="PYTHONHASHSEED of the engine; discovered if not given"
+    )
+    parser.add_argument(
+        "--prefix-caching-hash-algo", choices=[str(algorithm) for algorithm in Algorithm], metavar="ALGO",
         help=f"one of {', '.join(Algorithm)}; discovered if not given",
     )  # fmt: skip
     parser.add_argument(
@@ -182,6 +192,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
+def _block_size(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text[:9]) <= BLOCK_SIZE_MAX):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of tokens within 1..{BLOCK_SIZE_MAX}")
+    return int(text)
+
+
+def _seed(text: str) -> str:
+    try:
+        return HashProfile(Algorithm.SHA256, text, 1, ExtraKeys.TAGGED).seed
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Exit status 0 if every difference is explained, 1 if one is not, 2 if there is no capture to read."""
     try:
@@ -189,7 +212,8 @@ def run(arguments: argparse.Namespace) -> int:
     except capture.BadCapture as error:
         print(f"kvatlas audit: {error}", file=sys.stderr)
         return 2
-    expected = Expected(arguments.prefix_caching_hash_algo, arguments.hash_seed, arguments.block_size)
+    algorithm = arguments.prefix_caching_hash_algo
+    expected = Expected(Algorithm(algorithm) if algorithm else None, arguments.hash_seed, arguments.block_size)
     report = audit(captured, expected, may_reproduce=not arguments.recompute_keys, reannounces=arguments.reannounces)
     if arguments.json:
         print(json.dumps(msgspec.to_builtins(report)))

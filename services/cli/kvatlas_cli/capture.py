@@ -2,9 +2,9 @@
 
 `events.jsonl[.gz]`: a line per ZeroMQ message, `{"t": seconds, "frames": [base64, ...]}`, in the order of arrival.
 `requests.jsonl[.gz]`: a line per request, one at a time: `prompt_token_ids`, `body`, the engine's own `cached_tokens`,
-and `events_before`, how many messages had arrived before it was sent; `data_parallel_rank` (optional): the rank it was
-pinned to; `concurrent` (optional): others were under way, so that it cannot be held against the index. `models.json`
-(optional): the engine's `/v1/models`, which alone tells the paths of LoRA adapters.
+and `events_before`, how many messages had arrived before it was sent. Optional: `i`, its number; `data_parallel_rank`,
+the rank it was pinned to; `concurrent`, that it cannot be held against the index, because others were under way.
+`models.json` (optional): the engine's `/v1/models`, which alone tells the paths of LoRA adapters.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvatlas_common.blocks.extras import Lora, PromptExtras
-from kvatlas_common.engines.pages import parse_models
+from kvatlas_common.engines.pages import MalformedPage, parse_models
 from kvatlas_common.fleet import Adapter
 
 
@@ -59,10 +60,25 @@ class Capture:
 def load(folder: Path) -> Capture:
     """Raises `BadCapture`."""
     messages = [_message(where, line) for where, line in _lines(folder, "events.jsonl")]
-    requests = [_request(where, line) for where, line in _lines(folder, "requests.jsonl")]
-    models = folder / "models.json"
-    adapters = parse_models(models.read_bytes()).adapters if models.exists() else ()
-    return Capture(messages, requests, adapters)
+    requests, earlier = list[CapturedRequest](), 0
+    for where, line in _lines(folder, "requests.jsonl"):
+        request = _request(where, line, len(requests))
+        least = 0 if request.concurrent else earlier
+        if not least <= request.events_before <= len(messages):
+            raise BadCapture(
+                f"{where}: events_before is {request.events_before}, and should be {least} (that of the request "
+                f"before) to {len(messages)} (all messages captured)"
+            )
+        earlier = earlier if request.concurrent else request.events_before
+        requests.append(request)
+    return Capture(messages, requests, _adapters(folder / "models.json"))
+
+
+def _adapters(path: Path) -> tuple[Adapter, ...]:
+    try:
+        return parse_models(path.read_bytes()).adapters if path.exists() else ()
+    except (OSError, MalformedPage) as error:
+        raise BadCapture(f"{path} cannot be read: {error}") from None
 
 
 def _lines(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -79,29 +95,36 @@ def _lines(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     if not isinstance(value, dict):
                         raise BadCapture(f"{path}:{number} is not a JSON object")
                     yield f"{path}:{number}", value
-    except (OSError, EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BadCapture(f"{path} cannot be read: {error}") from None
 
 
 def _message(where: str, line: dict[str, Any]) -> CapturedMessage:
     try:
-        return CapturedMessage(float(line["t"]), tuple(base64.b64decode(frame) for frame in line["frames"]))
-    except (KeyError, TypeError, ValueError) as error:
+        frames = tuple(base64.b64decode(frame, validate=True) for frame in line["frames"])
+        return CapturedMessage(float(line["t"]), frames)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BadCapture(f"{where}: not a captured message: {error!r}") from None
 
 
-def _request(where: str, line: dict[str, Any]) -> CapturedRequest:
+def _request(where: str, line: dict[str, Any], place: int) -> CapturedRequest:
     try:
         body = line.get("body") or {}
         return CapturedRequest(
-            number=int(line["i"]),
+            number=int(line.get("i", place)),
             prompt_token_ids=[int(token) for token in line["prompt_token_ids"]],
             cached_tokens=int(line["cached_tokens"]),
             events_before=int(line["events_before"]),
             rank=int(line.get("data_parallel_rank") or 0),
-            model=body.get("model"),
-            cache_salt=body.get("cache_salt"),
+            model=_text(body.get("model")),
+            cache_salt=_text(body.get("cache_salt")),
             concurrent=bool(line.get("concurrent")),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise BadCapture(f"{where}: not a captured request: {error!r}") from None
+
+
+def _text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise ValueError(f"{value!r} is no text")
