@@ -1,4 +1,4 @@
-"""Generates the gRPC stubs beside `index.proto`. With `--check`, only says whether they are up to date (exit 1: not)."""
+"""Generates the gRPC stubs beside `index.proto`. With `--check`, only says whether they are up to date (exit 1)."""
 
 from __future__ import annotations
 
