@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import xxhash
 
@@ -23,48 +21,21 @@ from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health
 from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.claims import Claims
+from kvatlas_indexer.core.commands import Command, Replay, Rules, StopReplay
 from kvatlas_indexer.core.contracts import UnknownModel
 from kvatlas_indexer.core.effects import CancelReplay, Message, ReplayEnd, RequestReplay
-from kvatlas_indexer.core.engine import Bounds, Engine, Network
+from kvatlas_indexer.core.engine import Engine, Network
+from kvatlas_indexer.core.expected import Finding
 from kvatlas_indexer.core.known import Known
-from kvatlas_indexer.core.naming import Expected, Finding, Naming
+from kvatlas_indexer.core.naming import Naming
 from kvatlas_indexer.core.plans import ModelPlan, Plans
 from kvatlas_indexer.core.residency import Residency
-from kvatlas_indexer.core.stream import Limits, Stream
+from kvatlas_indexer.core.stream import Stream
+
+__all__ = ["Command", "KvIndex", "Replay", "Rules", "StopReplay"]
 
 ENGINES_MAX = 4096
 """Engines known at once. A listened name beyond is refused: names come from the network."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """What the index is told at its start."""
-
-    expected: Expected = field(default_factory=Expected)
-    may_reproduce: bool = True
-    engine_port: int = 8000
-    engine_lease_s: float = 15.0
-    forget_after_s: float = 600.0  # how long a dead engine's blocks are kept, should it come back unharmed
-    limits: Limits = field(default_factory=Limits)
-    bounds: Bounds = field(default_factory=Bounds)
-
-
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """Ask `endpoint` for the messages of `engine` from `first_seq` on, after `delay_s`."""
-
-    engine: EngineId
-    endpoint: str
-    first_seq: int
-    delay_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class StopReplay:
-    engine: EngineId
-
-
-Command: TypeAlias = Replay | StopReplay
 
 
 class KvIndex:

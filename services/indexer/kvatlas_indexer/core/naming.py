@@ -27,11 +27,14 @@ from typing import Any
 from kvatlas_common.blocks.discover import RootBlock, discover, explain, refine, reproduces
 from kvatlas_common.blocks.extras import UnknownExtra, event_extra
 from kvatlas_common.blocks.keys import block_state, key_of, root_state
-from kvatlas_common.blocks.profile import FIXED_SEED, Algorithm, ExtraKeys, HashProfile, recomputed
+from kvatlas_common.blocks.profile import ExtraKeys, HashProfile, recomputed
 from kvatlas_common.events.types import BlockRemoved, BlockStored, Event, MalformedBatch
 from kvatlas_common.fleet import Adapter
 from kvatlas_common.words import Medium
+from kvatlas_indexer.core.expected import Expected, Finding
 from kvatlas_indexer.core.match import GroupRule, Kind
+
+__all__ = ["Expected", "Finding", "Mode", "Naming"]
 
 UNPROVEN_ROOTS_MAX = 8
 """Roots without extra keys that may fail a configured profile before it is given up."""
@@ -47,41 +50,9 @@ DROPPED_NAMES_MAX = 65_536
 """Names kept of blocks no longer held: an offload tier may store one just after the gpu has evicted it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Expected:
-    """The hash settings of the configuration; None: not given."""
-
-    algorithm: Algorithm | None = None
-    seed: str | None = None
-    block_size: int | None = None
-
-    def profiles(self, block_size: int) -> list[HashProfile]:
-        """What the configuration may mean for an engine of this block size."""
-        if self.algorithm is None and self.seed is None:
-            return []
-        algorithms = [self.algorithm] if self.algorithm else list(Algorithm)
-        seed = FIXED_SEED if self.seed is None else self.seed
-        return [HashProfile(a, seed, block_size, extra) for a in algorithms for extra in _extras_of(a)]
-
-
-def _extras_of(algorithm: Algorithm) -> tuple[ExtraKeys, ...]:
-    """The likeliest first. 0.10 is the only version with the 64-bit form."""
-    if algorithm is Algorithm.SHA256_CBOR_64BIT:
-        return (ExtraKeys.LORA_ID, ExtraKeys.LORA_NAME)
-    return (ExtraKeys.TAGGED, ExtraKeys.LORA_NAME, ExtraKeys.LORA_ID)
-
-
 class Mode(Enum):
     OWN = "the engine's own hashes"
     RECOMPUTE = "hashes of ours"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something the operator should know. `code` is few-valued: the label of a counter."""
-
-    code: str
-    text: str
 
 
 @dataclass(slots=True)

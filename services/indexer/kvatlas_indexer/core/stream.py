@@ -33,7 +33,6 @@ Source: vLLM 0.32 `distributed/kv_events.py` (`ZmqEventPublisher`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
 from enum import Enum
 
 from kvatlas_common.events.types import AllBlocksCleared
@@ -51,23 +50,12 @@ from kvatlas_indexer.core.effects import (
     ReplayEnd,
     RequestReplay,
 )
+from kvatlas_indexer.core.held import HeldBack, Limits
 
 __all__ = ["Limits", "Message", "ReplayEnd", "Stream"]
 
 CLOCK_SLACK_S = 1.0
 """`process_start_time_seconds` is rounded to the kernel's ticks, and derived from a boot time that is rounded too."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    held_back_max: int = 4096  # messages held back while a replay runs
-    held_back_bytes_max: int = 64 << 20
-    replay_stall_s: float = 5.0  # a replay that brings nothing for so long has failed
-    replay_attempts: int = 3
-    replay_retry_s: float = 0.5  # doubled with each attempt
-    rebuild_interval_s: float = 30.0  # until a stream that lost something replays from 0; doubled with each attempt
-    rebuild_interval_max_s: float = 900.0
-    digests_kept: int = 1024  # of the latest applied messages, to tell a duplicate from a restart
 
 
 class _Mode(Enum):
@@ -95,9 +83,7 @@ class Stream:
         self._epoch_ts: float | None = None
         self._process_start: float | None = None
         self._digests: OrderedDict[int, int] = OrderedDict()
-        self._held: list[Message] = []
-        self._held_top: Message | None = None  # the highest of them
-        self._held_bytes = 0
+        self._held = HeldBack(self._limits)
         self._attempts = 0
         self._progress_at = 0.0
         self._answered = False  # the replay asked for last has brought a message
@@ -253,8 +239,8 @@ class Stream:
         if self.last is not None or self._whole:
             effects.append(self._begin_epoch("its process has restarted"))
         self._floor_ts = max(self._floor_ts, began)
-        held = [m for m in self._held if m.ts > began]
-        self._hold_only([])
+        self._held.keep_since(began)
+        held = self._held.take()
         for message in held:
             effects += self.on_message(message, now)
         if not held and self.can_replay:
@@ -280,7 +266,7 @@ class Stream:
         return message.ts <= self._floor_ts or (self._epoch_ts is not None and message.ts < self._epoch_ts)
 
     def _is_restart(self, message: Message) -> bool:
-        top = self._held_top
+        top = self._held.top
         if top is not None and message.seq <= top.seq and message.ts > top.ts:
             return True
         return (
@@ -292,7 +278,7 @@ class Stream:
 
     def _restart(self, message: Message, reason: str, now: float) -> list[Effect]:
         effects: list[Effect] = [*self._cancel(), self._begin_epoch(reason)]
-        self._hold_only([])
+        self._held.take()
         return effects + self._first(message, now)
 
     def _first(self, message: Message, now: float) -> list[Effect]:
@@ -325,7 +311,7 @@ class Stream:
             CancelReplay(),
             self._begin_epoch(f"replay of message {message.seq} has other bytes"),
         ]
-        self._hold_only([m for m in self._held if m.ts >= message.ts])
+        self._held.keep_since(message.ts)
         return effects + self._start(_Mode.JOIN, now)
 
     def _replay_from_zero(self, message: Message, now: float) -> list[Effect]:
@@ -407,23 +393,14 @@ class Stream:
         return [CancelReplay()] if busy else []
 
     def _hold(self, message: Message, now: float) -> list[Effect]:
-        self._held.append(message)
-        self._held_bytes += message.size
-        if self._held_top is None or message.seq > self._held_top.seq:
-            self._held_top = message
-        if len(self._held) <= self._limits.held_back_max and self._held_bytes <= self._limits.held_back_bytes_max:
+        if self._held.add(message):
             return []
         return [CancelReplay(), *self._give_up("more messages were held back than fit", now)]
 
-    def _hold_only(self, messages: list[Message]) -> None:
-        self._held, self._held_bytes = messages, sum(m.size for m in messages)
-        self._held_top = max(messages, key=lambda m: m.seq, default=None)
-
     def _release(self, now: float, why: str = "") -> list[Effect]:
         """Applies what was held back. What is still missing is asked for again, unless `why` says that was given up."""
-        held, effects = sorted(self._held, key=lambda m: m.seq), list[Effect]()
-        self._hold_only([])
-        for message in held:
+        effects: list[Effect] = []
+        for message in self._held.take():
             given_up = bool(why) and self._mode is _Mode.LIVE
             if given_up and self.last is not None and message.seq > self.last + 1:
                 effects.append(self._lose(f"{_between(self.last, message.seq)} lost: {why}", now))
