@@ -17,10 +17,10 @@ BEAT = """
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local shard, lease_ms = ARGV[1], tonumber(ARGV[2])
-local first = redis.call('EXISTS', KEYS[1]) == 0
+local heard = tonumber(redis.call('ZSCORE', KEYS[1], shard) or '0') >= now - lease_ms
 redis.call('ZADD', KEYS[1], now, shard)
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - lease_ms)
-local found = {redis.call('ZRANGE', KEYS[1], 0, -1), first and 1 or 0}
+local found = {redis.call('ZRANGE', KEYS[1], 0, -1), heard and 0 or 1}
 for i = 2, #KEYS do
   local lease = redis.call('HMGET', KEYS[i], 'shard', 'fence')
   if lease[1] == shard and lease[2] == ARGV[i + 1] then
@@ -71,12 +71,13 @@ class Scripts(Protocol):
 class Beat:
     """What a heartbeat found: the live shards (this one too), and who holds the leases that were asked about.
 
-    `first`: nobody had been heard before. The store is new, or it was wiped, and others are still to be heard.
+    `returned`: this shard had not been heard for a whole lease, or ever. Where that is the store's doing (it was wiped,
+    stopped, out of reach), the others are still to be heard.
     """
 
     live: frozenset[str]
     leases: Mapping[str, Lease]
-    first: bool
+    returned: bool
 
 
 class RedisLeases:
@@ -92,7 +93,7 @@ class RedisLeases:
         """I am alive, and so are my leases. `held`: address -> fence of those this shard believes it holds."""
         keys = [self._prefix + b"shards", *(self._lease(address) for address in addresses)]
         args: list[str | int] = [self._shard, self._lease_ms, *(held.get(address, 0) for address in addresses)]
-        live, first, *leases = await self._scripts.run_script(BEAT, keys, args)
+        live, returned, *leases = await self._scripts.run_script(BEAT, keys, args)
         return Beat(
             frozenset(shard.decode() for shard in live),
             {
@@ -100,7 +101,7 @@ class RedisLeases:
                 for address, (shard, fence) in zip(addresses, leases, strict=True)
                 if shard is not None and fence is not None
             },
-            bool(first),
+            bool(returned),
         )
 
     async def acquire(self, address: str, *, force: bool, above: int = 0) -> int | None:

@@ -33,8 +33,9 @@ BEAT_S = 0.5
 PARKED_MAX = 4096
 """Messages kept per engine while it is being taken; beyond, the newest are dropped, and the gap is replayed."""
 PARKED_ENGINES_MAX = 1024
-WIPED_S = 2.5 * BEAT_S
-"""After the store has lost everything, each shard keeps what it has, until the others have been heard again."""
+RETURNED_S = 2.5 * BEAT_S
+"""Back at a store that was wiped, stopped or out of reach, a shard keeps what it has and takes nothing new for so long:
+who has not been heard again yet is not dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Shard:
         self._hurry = asyncio.Event()
         self._asked: list[str] = []  # engines of the last heartbeat: of one cut short, the lease may be held unawares
         self._beaten = False
-        self._alone_until = float("-inf")
+        self._waits_until = float("-inf")
 
     # -- what the indexer tells it -------------------------------------------------------------------------------------
 
@@ -135,11 +136,11 @@ class Shard:
         heard = [address for address in self._parked if self._ownership.hears(address, now)]
         self._asked = list(dict.fromkeys([*self._specs, *self._fences, *heard]))
         beat = await self._leases.beat(self._asked, self._fences)
-        if beat.first and self._beaten:
-            self._alone_until = now + WIPED_S
+        if beat.returned and self._beaten:
+            self._waits_until = now + RETURNED_S
         self._beaten = True
         await self._keep(beat)
-        if now < self._alone_until:
+        if now < self._waits_until:
             return
         wanted = {address: spec.events is not None for address, spec in self._specs.items()}
         moves = self._ownership.moves(wanted=wanted, leases=beat.leases, live=beat.live, now=now)
