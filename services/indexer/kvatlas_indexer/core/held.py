@@ -1,4 +1,4 @@
-"""Live messages held back while a replay runs, and the limits of streams."""
+"""What a stream keeps while it is not whole: messages held back, and when to try again; and the limits of both."""
 
 from __future__ import annotations
 
@@ -48,3 +48,31 @@ class HeldBack:
         """All of them, by their numbers; nothing is held back any more."""
         messages, self._messages, self._bytes, self.top = self._messages, [], 0, None
         return sorted(messages, key=lambda message: message.seq)
+
+
+class Retry:
+    """When a stream that lost something tries to make up for it; less often each time."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._at: float | None = None
+        self._times = 0
+
+    def plan(self, now: float) -> None:
+        if self._at is None:
+            delay = self._limits.rebuild_interval_s * 2.0**self._times
+            self._at = now + min(delay, self._limits.rebuild_interval_max_s)
+            self._times = min(self._times + 1, 16)
+
+    def is_due(self, now: float) -> bool:
+        """Once for each time it was planned."""
+        if self._at is None or now < self._at:
+            return False
+        self._at = None
+        return True
+
+    def call_off(self) -> None:
+        self._at = None
+
+    def succeeded(self) -> None:
+        self._times = max(0, self._times - 1)

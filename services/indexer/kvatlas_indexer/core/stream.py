@@ -50,7 +50,7 @@ from kvatlas_indexer.core.effects import (
     ReplayEnd,
     RequestReplay,
 )
-from kvatlas_indexer.core.held import HeldBack, Limits
+from kvatlas_indexer.core.held import HeldBack, Limits, Retry
 
 __all__ = ["Limits", "Message", "ReplayEnd", "Stream"]
 
@@ -89,12 +89,9 @@ class Stream:
         self._answered = False  # the replay asked for last has brought a message
         self._from_zero = False  # a replay from 0 began at 0, and what it brings is being applied
         self._last_before: int | None = None  # the last applied message when the replay began
-        self._retry_at: float | None = None
-        self._retries = 0
+        self._retry = Retry(self._limits)
         self._attached = False
         self._again = False  # the engine has come back while a replay was under way
-
-    # -- what the caller may ask ---------------------------------------------------------------------------------------
 
     @property
     def sync(self) -> Sync:
@@ -200,7 +197,7 @@ class Stream:
         self._unsure = ""
         if self._answered:
             if mode is _Mode.REBUILD and self._whole:
-                self._retries = max(0, self._retries - 1)
+                self._retry.succeeded()
                 effects.append(DropDoubtful())
         elif self.last is not None:
             effects.append(self._lose(f"the engine no longer knows message {self.last}", now))
@@ -253,9 +250,8 @@ class Stream:
             if now - self._progress_at < self._limits.replay_stall_s:
                 return []
             return [CancelReplay(), *self._failed("replay stalled", now)]
-        if self._retry_at is None or now < self._retry_at or not self.can_replay:
+        if not self.can_replay or not self._retry.is_due(now):
             return []
-        self._retry_at = None
         if self.last is None:
             return self._start(_Mode.JOIN, now)
         return self._start(_Mode.FILL if self._whole else _Mode.REBUILD, now)
@@ -299,7 +295,8 @@ class Stream:
         if len(self._digests) > self._limits.digests_kept:
             self._digests.popitem(last=False)
         if any(type(event) is AllBlocksCleared for event in message.batch.events):
-            self._whole, self._loss, self._retry_at = True, "", None
+            self._whole, self._loss = True, ""
+            self._retry.call_off()
         return [Apply(message)]
 
     def _has_other_bytes(self, message: Message) -> bool:
@@ -316,14 +313,12 @@ class Stream:
 
     def _replay_from_zero(self, message: Message, now: float) -> list[Effect]:
         """The first message of a replay from 0. If it is not 0, the engine no longer has its first messages."""
-        effects: list[Effect] = []
         if message.seq > 0 and self._mode is _Mode.REBUILD:  # nothing would become exact, now or later
             return [*self._cancel(), *self._release(now)]
         if message.seq > 0:
             self._whole, self._loss = False, f"joined late: replay reaches back to message {message.seq} only"
             return self._apply(message)
-        if self._mode is _Mode.REBUILD:
-            effects.append(BuildAgain())
+        effects: list[Effect] = [BuildAgain()] if self._mode is _Mode.REBUILD else []
         self.last, self._epoch_ts, self._from_zero = None, None, True
         self.complete, self._whole, self._loss = True, True, ""
         self._digests.clear()
@@ -347,33 +342,21 @@ class Stream:
             effects.append(self._lose(f"{why}: what the engine stored after message {self.last} is not known", now))
         elif mode is _Mode.FILL and not self._held:
             self._unsure = f"it was out of reach, and what it published meanwhile cannot be asked for: {why}"
-        self._schedule_retry(now)
+        self._retry.plan(now)
         return effects + self._release(now, why)
 
     def _lose(self, reason: str, now: float) -> Effect:
         self.complete, self._whole, self._loss = False, False, reason
-        self._schedule_retry(now)
+        self._retry.plan(now)
         return Doubt(reason)
-
-    def _schedule_retry(self, now: float) -> None:
-        if self.can_replay and self._retry_at is None:
-            delay = self._limits.rebuild_interval_s * 2.0**self._retries
-            self._retry_at = now + min(delay, self._limits.rebuild_interval_max_s)
-            self._retries = min(self._retries + 1, 16)
 
     def _begin_epoch(self, reason: str) -> BeginEpoch:
         self.last, self._epoch_ts, self.complete, self._whole, self._loss = None, None, False, False, reason
-        self._floor_ts, self._last_ts, self._unsure, self._from_zero = (
-            max(self._floor_ts, self._last_ts),
-            0.0,
-            "",
-            False,
-        )
+        self._floor_ts, self._last_ts = max(self._floor_ts, self._last_ts), 0.0
+        self._unsure, self._from_zero = "", False
         self._digests.clear()
-        self._retry_at, self._retries = None, 0
+        self._retry = Retry(self._limits)
         return BeginEpoch(reason)
-
-    # -- replay and what is held back ----------------------------------------------------------------------------------
 
     def _start(self, mode: _Mode, now: float) -> list[Effect]:
         self._mode, self._progress_at, self._last_before = mode, now, self.last
