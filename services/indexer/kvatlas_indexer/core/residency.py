@@ -22,7 +22,7 @@ from kvatlas_indexer.core.slots import Journal, Place, Slot
 
 _PARTS = 256  # the key space in parts, so that the sweep never holds up anyone for more than one of them
 _PART_MASK = _PARTS - 1
-_SWEEP_KEYS_MAX = 32_768  # looked at in one step of the sweep, and parts are then begun no more
+_SWEEP_KEYS_MAX = 4096  # taken out in one step of the sweep: a few milliseconds
 _LOOKED_UP_AT_ONCE = 128
 DOUBTS_MAX = 16
 """Doubtful slots an (engine, group, medium) may have at once; beyond, the oldest, most doubtful one is retired."""
@@ -39,6 +39,7 @@ class Residency:
         self._retired: list[int] = []  # bits no reader asks for, still set in some entries
         self._sweeping: list[int] = []  # those of them this pass of the sweep takes out
         self._sweep_part = 0
+        self._dying: list[int] = []  # keys of the parts swept last that still have bits to be taken out
         self._buried: list[dict[int, Any]] = []  # what nobody needs any more, freed by the sweep bit by bit
         self.journal: Journal | None = None
         self.on_removed: Callable[[EngineId, Sequence[int]], None] | None = None
@@ -278,18 +279,18 @@ class Residency:
                 return busy
             self._sweeping, self._retired, self._sweep_part = self._retired, [], 0
         dead = sum(1 << index for index in self._sweeping)
-        looked_at, end = 0, min(self._sweep_part + parts, _PARTS)
-        while self._sweep_part < end and looked_at < _SWEEP_KEYS_MAX:
-            part = self._parts[self._sweep_part]
-            looked_at += len(part)
-            for key in [key for key, holders in part.items() if holders & dead]:
-                left = part[key] & ~dead
-                if left:
-                    part[key] = left
-                else:
-                    del part[key]
-            self._sweep_part += 1
-        if self._sweep_part == _PARTS:
+        left, end = _SWEEP_KEYS_MAX, min(self._sweep_part + parts, _PARTS)
+        while left > 0 and (self._dying or self._sweep_part < end):
+            if not self._dying:
+                part = self._parts[self._sweep_part]
+                self._dying = [key for key, holders in part.items() if holders & dead]
+                self._sweep_part += 1
+                left -= 1 + len(part) // 8  # to look at a key costs less than to take it out
+            dying, self._dying = self._dying[:_SWEEP_KEYS_MAX], self._dying[_SWEEP_KEYS_MAX:]
+            for key in dying:
+                self._put(key, self._holders(key) & ~dead)
+            left -= len(dying)
+        if self._sweep_part == _PARTS and not self._dying:
             self._free += self._sweeping
             self._sweeping = []
         return True
