@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kvatlas_common.blocks.profile import HashProfile
+from kvatlas_common.engines.probe import EngineFacts
+from kvatlas_common.fleet import Health
 from kvatlas_common.words import Medium
 from kvatlas_indexer.core.known import Known
 from kvatlas_indexer.core.naming import Expected
@@ -84,6 +86,16 @@ def resume(
     False if that cannot be trusted, and the engine begins like one never heard of: a partition has lost what it was
     told, or belongs to another epoch, or the names of recomputed blocks went with their owner.
     """
+    if record.health is Health.READY:  # until its new owner's first probe
+        known.facts = EngineFacts(
+            known.id,
+            health=record.health,
+            models=frozenset(record.models),
+            adapters=tuple(record.adapters),
+            root=record.root,
+            max_model_len=record.max_model_len,
+            load=record.load,
+        )
     at = [r for r in reached if r is not None and r.epoch == record.epoch]
     if len(at) < len(reached) or not at or not record.naming.own:
         known.engine.epoch = record.epoch + 1
