@@ -78,6 +78,7 @@ class Shard:
         self._hurry = asyncio.Event()
         self._asked: list[str] = []  # engines of the last heartbeat: of one cut short, the lease may be held unawares
         self._beaten = False
+        self._away = False  # the last heartbeat failed; the store may carry it out all the same, later
         self._waits_until = float("-inf")
 
     # -- what the indexer tells it -------------------------------------------------------------------------------------
@@ -115,6 +116,7 @@ class Shard:
             try:
                 await self._beat()
             except StoreUnavailable as error:
+                self._away = True
                 log.warning("shard cannot reach the store", extra={"why": str(error)})
             try:
                 await asyncio.wait_for(self._hurry.wait(), BEAT_S)
@@ -136,9 +138,9 @@ class Shard:
         heard = [address for address in self._parked if self._ownership.hears(address, now)]
         self._asked = list(dict.fromkeys([*self._specs, *self._fences, *heard]))
         beat = await self._leases.beat(self._asked, self._fences)
-        if beat.returned and self._beaten:
-            self._waits_until = now + RETURNED_S
-        self._beaten = True
+        if (beat.returned or self._away) and self._beaten:
+            self._waits_until = self._clock() + RETURNED_S
+        self._beaten, self._away = True, False
         await self._keep(beat)
         if now < self._waits_until:
             return

@@ -72,7 +72,7 @@ class ZmqSourceOptions:
     turn_s: float = 0.001
     round_messages_max: int = 16
     reconnect_s: float = 0.1
-    reconnect_max_s: float = 5.0
+    reconnect_max_s: float = 1.0
 
 
 @dataclass(slots=True)
