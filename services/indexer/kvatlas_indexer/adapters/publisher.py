@@ -115,12 +115,17 @@ class Publisher:
             self.unwritten_since = None
 
     def _renumber(self) -> None:
-        """What is published as a whole gets new numbers, and its record has them before the blocks do."""
+        """What is published as a whole gets new numbers, and its record has them before the blocks do. It begins a new
+        epoch: a successor must not take what the partitions still say of the old numbers for the new ones.
+        """
         for engine in self._fences.keys() - self._written:
             if engine in self.projection.waiting():
                 self.projection.publish_again(engine)
         again = [e for e in self._fences if self.projection.is_whole(e) and self._position(e) is not None]
         self.projection.renumber(again)
+        for engine in again:
+            if (made := self._index.engine(engine)) is not None:
+                made.begins_anew_elsewhere()
 
     async def _write(self, *, whole: bool) -> None:
         """Blocks, and how far their engines have come, taken between two messages. One whose record has fallen behind

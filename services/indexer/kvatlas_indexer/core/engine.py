@@ -77,7 +77,7 @@ class Engine:
         """Events by what became of them: applied, stored, removed, cleared, duplicate, gap, restart, or a rejection."""
         self.connected = True
         """False while its publisher, which is dialled, is not connected: whatever it publishes is lost."""
-        self.epoch = 0  # counts the lives of its cache
+        self.epoch = 0  # counts the lives of its cache, and of what is told of it
         self.tiered = False  # it has spoken of other media than the gpu
         self.heard_at: float | None = None
         self.lag_s = 0.0  # from the engine's `ts` of the last message to its being applied
@@ -189,6 +189,10 @@ class Engine:
     def pass_over(self, partitions: int, ahead: Mapping[int, int]) -> None:
         """Some partitions of the store already have messages that are to be applied again: up to which ones."""
         self._partitions, self._ahead = partitions, dict(ahead)
+
+    def begins_anew_elsewhere(self) -> None:
+        """A copy of what it holds is about to be made anew: where the old copy stood means nothing any more."""
+        self.epoch += 1
 
     # -- effects -------------------------------------------------------------------------------------------------------
 
@@ -304,6 +308,7 @@ class Engine:
         self.counts["cleared"] += 1
         self._residency.clear(self.id, [Medium.GPU])
         self._due -= {Medium.GPU}
+        self._ahead = {}  # from nothing on, every partition applies the same
         if self._residency.places(self.id):
             self._doubt(_MEDIA - {Medium.GPU}, now)
             self._odd = self._odd or "a clear empties the gpu, and does not say whether the other media went with it"
