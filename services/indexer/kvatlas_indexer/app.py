@@ -203,6 +203,8 @@ class Indexer:
         self._perform(commands)
 
     def _on_connection(self, engine: EngineId, up: bool) -> None:
+        if up:
+            self._prober.hurry(engine.address)  # it may be another life of the engine
         self._perform(self.index.on_connection(engine, up, time.time()))
 
     def _on_replayed(self, engine: EngineId, seq: int, payload: bytes) -> None:

@@ -9,6 +9,7 @@ I/O; `Prober` asks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -67,7 +68,7 @@ class ProbePlan:
     interval_s: float = 1.0  # busy, or its figures changed
     idle_interval_s: float = 3.0  # reached step by step while nothing happens
     retry_s: float = 0.5  # after a failure, until it is down
-    down_interval_s: float = 5.0  # reached step by step while it stays down
+    down_interval_s: float = 3.0  # reached step by step while it stays down
     models_interval_s: float = 10.0
     timeout_s: float = 2.0
     failures_to_down: int = 3
@@ -223,6 +224,7 @@ class Prober:
         self._places = asyncio.Semaphore(plan.concurrent_max)
         self._tasks = asyncio.TaskGroup()
         self._following: dict[EngineSpec, asyncio.Task[None]] = {}
+        self._hurried: dict[str, asyncio.Event] = {}  # by address, of those followed
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
@@ -242,17 +244,33 @@ class Prober:
         for spec in sorted(wanted - self._following.keys(), key=lambda spec: spec.address):
             self._following[spec] = self._tasks.create_task(self._follow(spec), name=f"probe {spec.address}")
 
+    def hurry(self, address: str) -> None:
+        """Something has happened there: it is asked as soon as can be, not when its turn comes."""
+        if (hurried := self._hurried.get(address)) is not None:
+            hurried.set()
+
     async def _follow(self, spec: EngineSpec) -> None:
+        hurried = self._hurried[spec.address] = asyncio.Event()
+        try:
+            await self._ask_on(spec, hurried)
+        finally:
+            if self._hurried.get(spec.address) is hurried:  # it may be followed anew already, otherwise specified
+                del self._hurried[spec.address]
+
+    async def _ask_on(self, spec: EngineSpec, hurried: asyncio.Event) -> None:
         state = ProbeState(spec, self._plan)
         told: dict[EngineId, EngineFacts] = {}
         while True:
+            hurried.clear()
             async with self._places:
                 await self._ask(state)
             for facts in state.facts():
                 if told.get(facts.id) != facts:
                     told[facts.id] = facts
                     self._on_facts(facts)
-            await asyncio.sleep(state.pause_s(self._rng))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(state.pause_s(self._rng)):
+                    await hurried.wait()
 
     async def _ask(self, state: ProbeState) -> None:
         try:

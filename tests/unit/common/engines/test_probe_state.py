@@ -78,7 +78,7 @@ def test_the_pause_grows_while_idle_and_while_down() -> None:
     for _ in range(6):
         probe.failed("hung")
         pauses.append(probe.pause_s(RNG))
-    assert pauses == [0.5, 0.5, 1.0, 2.0, 4.0, 5.0]
+    assert pauses == [0.5, 0.5, 1.0, 2.0, 3.0, 3.0]
     good_round(probe, running=2)
     assert probe.pause_s(RNG) == 1.0
 
