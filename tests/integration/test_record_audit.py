@@ -283,8 +283,7 @@ async def test_an_engine_that_hides_its_cached_tokens_is_warned_of(tmp_path: Pat
                     assert answer.status == 200
             finally:
                 await runner.cleanup()
-    assert len(it.warnings) == 1
-    assert "--enable-prompt-tokens-details" in it.warnings[0]
+    assert "--enable-prompt-tokens-details" in it.warnings[0]  # one about a late subscription may follow
     (request,) = capture.load(it.folder).requests
     assert request.concurrent
     assert len(request.prompt_token_ids) >= 40

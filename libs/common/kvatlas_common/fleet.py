@@ -33,7 +33,7 @@ class Sync(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """One LoRA adapter as `/v1/models` lists it, served under `name`; `path`: its `root`; `number`: its place, from 1."""
+    """A LoRA adapter as `/v1/models` lists it, served under `name`; `path`: its `root`; `number`: its place, from 1."""
 
     name: str
     path: str | None = None
