@@ -46,6 +46,13 @@ class Node:
     def running(self) -> bool:
         return self._popen is not None and self._popen.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Of its present life, or the last. Raises `ProcessFailed` before the first."""
+        if self._popen is None:
+            raise ProcessFailed(f"{self.name} has not been started")
+        return self._popen.pid
+
     async def start(self) -> None:
         """Returns when it is ready. Raises `ProcessFailed`."""
         if self.running:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import TypedDict
 
 import redis.asyncio
 
@@ -27,6 +26,7 @@ from kvatlas_indexer.adapters.redis_writes import Flush, Position
 from kvatlas_indexer.core.projection import SlotWrite, Write
 from kvatlas_indexer.core.records import EngineRecord, NamingRecord, PlaceRecord, StreamRecord
 from kvatlas_indexer.core.shared import SharedFleet
+from kvatlas_loadtest.bench.rows import Row, at_least, at_most
 from kvatlas_loadtest.valkey import Valkey
 
 EVENT_BLOCKS = 94
@@ -35,24 +35,6 @@ WIDE_ENGINES = 256
 MILLION = 1_000_000
 NAIVE_TTL_S = 6 * 3600
 MODEL = "tiny"
-
-
-class Row(TypedDict):
-    name: str
-    value: float
-    unit: str
-    budget: float | None
-    within: bool | None
-    peer: str | None
-    peer_value: float | None
-
-
-def at_most(name: str, value: float, unit: str, budget: float) -> Row:
-    return Row(name=name, value=value, unit=unit, budget=budget, within=value <= budget, peer=None, peer_value=None)
-
-
-def at_least(name: str, value: float, unit: str, budget: float) -> Row:
-    return Row(name=name, value=value, unit=unit, budget=budget, within=value >= budget, peer=None, peer_value=None)
 
 
 class Bench:

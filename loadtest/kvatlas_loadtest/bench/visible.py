@@ -20,7 +20,7 @@ from typing import Any
 
 from kvatlas_common.blocks.extras import PromptExtras
 from kvatlas_common.wire import match_request
-from kvatlas_loadtest.bench.redis_rows import Row, at_most
+from kvatlas_loadtest.bench.rows import Row, at_most, only_told
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.events import EventEncoder
 from kvatlas_loadtest.hashing import PromptChain
@@ -45,15 +45,7 @@ async def rows(folder: Path, stores: Sequence[str] = ("memory", "redis")) -> lis
     found: list[Row] = []
     for store in stores:
         waits_ms = sorted(1e3 * wait for wait in await _measured(store, folder / store))
-        p50 = Row(
-            name=f"visible_{store}_p50_ms",
-            value=percentile(waits_ms, 0.5),
-            unit=f"ms at {BLOCKS_PER_S} blocks/s",
-            budget=None,
-            within=None,
-            peer=None,
-            peer_value=None,
-        )
+        p50 = only_told(f"visible_{store}_p50_ms", percentile(waits_ms, 0.5), f"ms at {BLOCKS_PER_S} blocks/s")
         unit = f"ms at {BLOCKS_PER_S} blocks/s, of {len(waits_ms)}"
         found += [p50, at_most(f"visible_{store}_p99_ms", percentile(waits_ms, 0.99), unit, BUDGETS_MS[store])]
     return found
