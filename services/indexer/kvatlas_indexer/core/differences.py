@@ -1,18 +1,17 @@
 """Why an engine's cached tokens were not those predicted, and when that is worth an operator's attention.
 
-Of an exact engine nothing is healed: its events are the truth, and a difference has another cause. The likeliest is
-told, the first that fits:
+Of an exact engine nothing is healed: its events are the truth, and a difference has another cause, the first that fits:
 
-| cause         | fits where ...                                                                                   |
-|---------------|--------------------------------------------------------------------------------------------------|
-| `inexact`     | the engine was not exact: what the index held of it may have been wrong                          |
-| `reset`       | its cache was cleared, or began anew, between lookup and answer (a reset is published a step late)|
-| `race`        | the index knew otherwise as soon as the request was routed, or other requests ran on the engine  |
-|               | meanwhile or just before: their events were under way                                            |
-| `speculative` | a block less was hit, as with speculative decoding that is not configured (or one more, where it  |
-|               | is configured and not in use)                                                                    |
-| `connector`   | more was hit, and the engine has other tiers: hits of KV connectors count as cached tokens       |
-| `unexplained` | none of these                                                                                    |
+| cause         | fits where ...                                                                                  |
+|---------------|-------------------------------------------------------------------------------------------------|
+| `reset`       | its cache was cleared or began anew before the answer (a reset is published a step late)        |
+| `inexact`     | the engine was not exact: what the index held of it may have been wrong                         |
+| `race`        | the index knew otherwise as soon as the request was routed, or other requests ran on the engine |
+|               | meanwhile or just before: their events were under way                                           |
+| `speculative` | a block less was hit, as with speculative decoding that is not configured; or more, where it is |
+|               | configured and seems not to be in use                                                           |
+| `connector`   | more was hit, and the engine has other tiers: hits of KV connectors count as cached tokens      |
+| `unexplained` | none of these                                                                                   |
 
 One difference says little. The same one again and again, with nothing else between, is a *finding*: wrong settings make
 no errors, only silent misses.
@@ -67,10 +66,10 @@ def cause_of(compared: Comparison) -> Cause | None:
     """None where the prediction was right."""
     if compared.actual == compared.predicted:
         return None
-    if not compared.exact:
-        return Cause.INEXACT
     if compared.reset:
         return Cause.RESET
+    if not compared.exact:
+        return Cause.INEXACT
     if compared.known != compared.predicted or compared.neighbours:
         return Cause.RACE
     if _looks_speculative(compared):

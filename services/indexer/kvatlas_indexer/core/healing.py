@@ -17,10 +17,11 @@ after as many removals as copies were certain the block is forgotten, although t
 it back. Believing in more would leave blocks in the index that nothing ever removes.
 
 *Races.* The answer comes after the events of the request itself: the block it missed it has computed, and mostly
-published, by then. So only the copies from before are taken (a doubtful one went with that store). And what the engine
-itself has removed since the request was routed is neither taken nor added: its word is newer. A clear, a restart or a
-loss in between leaves nothing to conclude. One request heals what it saw; others under way that saw the same do not
-heal it again.
+published, by then. So only the copies from before are taken (a doubtful one went with that store); and none, where the
+index knew of more blocks when it was told of the request than the router was promised: what it has been told since may
+be that very store. What the engine itself has removed since the request was routed is neither taken nor added: its word
+is newer. A clear, a restart or a loss in between leaves nothing to conclude. One request heals what it saw; others
+under way that saw the same do not heal it again.
 
 *Not healed* are exact engines, whose differences are counted by cause (`differences`); engines merely out of reach,
 whose next message or replay tells whether anything was lost, and which must then be as they were; and engines being
@@ -299,7 +300,8 @@ class Healing:
         changed = False
         for group in _full_groups(engine, self._residency):
             changed = self._confirm(awaited, group, keys[:hit]) or changed
-        if hit < min(awaited.predicted // awaited.block_size, awaited.known):
+        predicted = awaited.predicted // awaited.block_size
+        if hit < awaited.known <= predicted:
             changed = self._miss(awaited, keys, hit) or changed
         return changed
 
