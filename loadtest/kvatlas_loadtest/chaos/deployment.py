@@ -39,7 +39,7 @@ class Options:
     shards: int = 3
     routers: int = 2
     blocks: int = 320  # each engine's pool
-    speed: float = 4.0
+    speed: float = 1.0
     lookup_deadline_ms: float = 200.0
     seed: int = 0
 

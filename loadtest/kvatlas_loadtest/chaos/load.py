@@ -36,7 +36,7 @@ class Shape:
     contexts: int = 30
     context_words: int = 400
     question_words: int = 24
-    answer_tokens: int = 12
+    answer_tokens: int = 24
     rate_per_s: float = 16.0
 
 

@@ -27,10 +27,11 @@ class Scenario:
 
 
 SCENARIOS = (
+    Scenario("rolling-restart", "SIGTERM and restart of every shard and router, one by one", keeps_cached=True),
+    Scenario("scale", "SIGTERM of one of three shards; later there are three again", shared=True),
     Scenario("kill-owner", "kill -9 of a shard that owns engines; later it is back"),
     Scenario("kill-idle", "kill -9 of the shard that owns fewest engines; later it is back", shared=True),
     Scenario("kill-router", "kill -9 of a router; later it is back", loses_events=False),
-    Scenario("kill-engine", "kill -9 of two engines, one dialled, one connecting; later they are back"),
     Scenario("restart-valkey", "kill -9 of Valkey, which keeps nothing; later it is back", False, shared=True),
     Scenario("stop-shard", "SIGSTOP of a shard that owns engines, for 5 s"),
     Scenario("stop-engine", "SIGSTOP of an engine, for 5 s", loses_events=False),
@@ -40,8 +41,7 @@ SCENARIOS = (
     Scenario("repeat-frames", "event messages of two engines come twice", loses_events=False),
     Scenario("reorder-frames", "event messages of two engines come after the next one"),
     Scenario("cut-network", "nothing passes between one shard and Valkey, for 5 s", shared=True),
-    Scenario("rolling-restart", "SIGTERM and restart of every shard and router, one by one", keeps_cached=True),
-    Scenario("scale", "SIGTERM of one of three shards; later there are three again", shared=True),
+    Scenario("kill-engine", "kill -9 of two engines, one dialled, one connecting; later they are back"),
 )
 BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 

@@ -98,8 +98,7 @@ async def _play_all(
             teller.undisturbed(deployment.options.replay, undisturbed)
             for fault in faults:
                 teller.doing(f"{fault.scenario.name}: {fault.scenario.text}")
-                if not fault.replay:
-                    await house.begin_anew()
+                await (house.warm_up() if fault.replay else house.begin_anew())
                 result = await Scene(deployment, load, checker, fault).play(undisturbed, wanted.scale)
                 outcome.results.append(result)
                 teller.played(result)
@@ -130,7 +129,7 @@ class _House:
             raise ProcessFailed(
                 f"the fleet is not exact from the start: {'; '.join(found.last.problems()[:TROUBLES_SHOWN])}"
             )
-        await self._warm_up()
+        await self.warm_up()
 
     async def undisturbed(self, outcome: Outcome) -> Figures:
         await asyncio.sleep(WARM_S * self.wanted.scale)
@@ -150,13 +149,13 @@ class _House:
         for engine in self.deployment.engines:
             await self._post(f"{engine.url}/reset_prefix_cache")
             await self._ask(engine.url)  # a clear is published with the next step
-        await self._warm_up()
+        await self.warm_up()
         if loaded:
             self.load.resume()
             await asyncio.sleep(self.wanted.scale)
 
-    async def _warm_up(self) -> None:
-        """Every context is in some cache."""
+    async def warm_up(self) -> None:
+        """Every context is in some cache, whatever the last fault has done to it."""
         routers = itertools.cycle(router.url for router in self.deployment.routers)
         room = asyncio.Semaphore(8)
 

@@ -54,7 +54,9 @@ class Scene:
             await asyncio.sleep(TAIL_S * scale)
         exchanges = self._load.since(begun, time.monotonic())
         await self._load.settled(exchanges)
-        disturbed = [e for e in exchanges if e.begun >= fault_at]
+        disturbed = [
+            e for e in exchanges if e.ended is not None and e.ended >= fault_at
+        ]  # under way then, or begun since
         return Result(
             fault=self.fault,
             recoveries=tuple(self._recoveries),

@@ -33,7 +33,7 @@ def test_the_scale_goes_for_what_is_not_the_fault() -> None:
 
 
 def test_a_name_that_is_none_is_told_with_those_that_are() -> None:
-    with pytest.raises(ValueError, match="no scenario is named kill-everything; there are: kill-owner"):
+    with pytest.raises(ValueError, match="no scenario is named kill-everything; there are: rolling-restart"):
         schedule(0, replay=True, redis=True, only=["kill-everything", "flushall"])
 
 
