@@ -58,6 +58,12 @@ class Valkey:
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def pid(self) -> int:
+        """While it runs."""
+        assert self._process is not None
+        return self._process.pid
+
     def start(self) -> Self:
         """Returns when it answers. Raises `RuntimeError` with what it logged."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -114,12 +114,14 @@ async def _process(
         node.kill()
 
 
-async def until(condition: Callable[[], Awaitable[bool]], what: str, within_s: float = READY_S) -> None:
+async def until(
+    condition: Callable[[], Awaitable[bool]], what: str, *, within_s: float = READY_S, every_s: float = POLL_S
+) -> None:
     """Raises `TimeoutError` that says what did not happen."""
     try:
         async with asyncio.timeout(within_s):
             while not await condition():
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(every_s)
     except TimeoutError:
         raise TimeoutError(f"{what}: not within {within_s:g} s") from None
 

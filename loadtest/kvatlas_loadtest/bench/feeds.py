@@ -1,0 +1,130 @@
+"""KV events as engines publish them, encoded ahead so that sending them costs nothing.
+
+Messages of at most 94 blocks in vLLM 0.32's encoding, token ids and all. Tokens and hashes are drawn at random, but for
+each engine's first block: from its true hash the profile is learnt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import lru_cache
+
+import numpy as np
+import zmq
+import zmq.asyncio
+
+from kvatlas_common.blocks.extras import PromptExtras
+from kvatlas_common.blocks.profile import Algorithm, ExtraKeys, HashProfile
+from kvatlas_loadtest.bench.deployment import Service, page, until
+from kvatlas_loadtest.bench.stub_engines import MODEL
+from kvatlas_loadtest.events import EventEncoder, WireVersion
+from kvatlas_loadtest.hashing import PromptChain
+from kvatlas_loadtest.kv_events import Stored, key_of
+
+BLOCK = 16
+EVENT_BLOCKS = 94
+VOCABULARY = 150_000
+PROFILE = HashProfile(Algorithm.SHA256_CBOR, "42", BLOCK, ExtraKeys.TAGGED)
+HASH_FLAGS = ("--hash-seed", "42", "--block-size", str(BLOCK), "--prefix-caching-hash-algo", "sha256_cbor")
+SAY_AGAIN_S = 0.2
+ENCODED_AT = time.time()
+"""The `ts` of all messages: none may seem older than one that was sent before it."""
+_encoder = EventEncoder(WireVersion.V0_32, BLOCK)
+
+
+class Prompt:
+    """Token ids that no other prompt has, and the hashes an engine would publish for their blocks."""
+
+    def __init__(self, rng: np.random.Generator, blocks: int) -> None:
+        self.tokens = rng.integers(VOCABULARY, size=blocks * BLOCK, dtype=np.uint32)
+        self.keys: list[int] = rng.integers(2**64 - 1, size=blocks, dtype=np.uint64).tolist()
+        self._made: dict[tuple[int, int], bytes] = {}
+
+    def message(self, start: int, stop: int) -> bytes:
+        """That an engine has stored these blocks. Engines that store the same say so in the same bytes."""
+        if (start, stop) not in self._made:
+            keys, tokens = self.keys[start:stop], self.tokens[start * BLOCK : stop * BLOCK].tolist()
+            stored = Stored(keys, self.keys[start - 1] if start else None, tokens, (None,) * len(keys))
+            self._made[start, stop] = _encoder.batch([stored], ENCODED_AT)
+        return self._made[start, stop]
+
+
+@lru_cache(maxsize=1)
+def first_message() -> bytes:
+    """One block with its true hash."""
+    tokens = list(range(BLOCK))
+    hashes = [key_of(each) for each in PromptChain(PROFILE, PromptExtras()).extend(tokens)]
+    return _encoder.batch([Stored(hashes, None, tokens, (None,))], ENCODED_AT)
+
+
+class Feed:
+    """An engine's publisher, which binds. It drops nothing for a subscriber that is slow: memory is the bound."""
+
+    def __init__(self, context: zmq.asyncio.Context, address: str) -> None:
+        self._socket = context.socket(zmq.PUB)
+        self._socket.set_hwm(0)
+        self._socket.linger = 0
+        self._socket.bind("tcp://127.0.0.1:0")
+        self._topic = f"kv@{address}@{MODEL}".encode()
+        self._seq = 0
+        self.address = address
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    @property
+    def flags(self) -> tuple[str, str]:
+        """How an indexer is told of the engine."""
+        return "--engine", f"{self.address},events={self.endpoint}"
+
+    async def send(self, payload: bytes) -> None:
+        await self._socket.send_multipart((self._topic, self._seq.to_bytes(8, "big"), payload))
+        self._seq += 1
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+
+
+@asynccontextmanager
+async def feeds(addresses: Sequence[str]) -> AsyncIterator[list[Feed]]:
+    context = zmq.asyncio.Context()
+    made = [Feed(context, address) for address in addresses]
+    try:
+        yield made
+    finally:
+        for feed in made:
+            feed.close()
+        context.term()
+
+
+async def begin(made: Sequence[Feed], owners: Sequence[Service]) -> None:
+    """Each engine is indexed by its owner and nobody else. What is published before that is lost: it is said again."""
+
+    async def begun() -> bool:
+        for feed in made:
+            await feed.send(first_message())
+        return await _known(made, owners)
+
+    await until(begun, "every engine to be known to its owner", every_s=SAY_AGAIN_S)
+
+
+async def taken_in(blocks: int, made: Sequence[Feed], owners: Sequence[Service]) -> None:
+    """Waits until the index has all that was sent: no figure comes from a run that lost some."""
+    services = {owner.pid: owner for owner in owners}.values()
+
+    async def all_there() -> bool:
+        views = [view for s in services for view in (await page(f"{s.rest}/v1/engines"))["engines"]]
+        held: int = sum((view["blocks"] or {}).get("gpu", 0) for view in views)
+        return held == blocks
+
+    await until(all_there, f"{blocks} blocks of {len(made)} engines to be in the index")
+
+
+async def _known(made: Sequence[Feed], owners: Sequence[Service]) -> bool:
+    for owner in {owner.pid: owner for owner in owners}.values():
+        views = {view["id"]: view for view in (await page(f"{owner.rest}/v1/engines"))["engines"]}
+        for feed, its in zip(made, owners, strict=True):
+            view = views.get(feed.address, {"health": "", "blocks": None})
+            if view["health"] != "ready" or (view["blocks"] or {}) != ({"gpu": 1} if its is owner else {}):
+                return False
+    return True
