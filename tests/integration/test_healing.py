@@ -6,6 +6,7 @@ until predictions come true; and an engine heard from its first message is left 
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,6 +18,7 @@ import aiohttp
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.time_model import NO_TIME
+from kvatlas_loadtest.valkey import Valkey
 from kvatlas_loadtest.workload import WORDS
 from tests.integration.fault_kit import Exchange, Index, ask, chat, client, flags, ready_engines, simulated
 from tests.integration.processes import Router, indexer, router, until
@@ -33,13 +35,22 @@ PATIENT = ("--lookup-deadline-ms", "5000")  # machines are shared
 @dataclass
 class Deployment:
     engine: SimulatedEngine
-    index: Index
+    shards: Sequence[Index]
     router: Router
     session: aiohttp.ClientSession
     talks: Sequence[str]
     unheard: int  # messages the engine published and the indexer did not get
     questions: int = 0
     routed: int = 0
+
+    @property
+    def index(self) -> Index:
+        """Any shard answers."""
+        return self.shards[0]
+
+    async def counted(self, name: str, **labels: str) -> float:
+        """Over all shards: engines are counted by their owner."""
+        return sum([await shard.metric(name, **labels) for shard in self.shards])
 
     async def round(self) -> list[Exchange]:
         """A question about every context, one after the other; the index has heard all about each before the next."""
@@ -60,8 +71,9 @@ class Deployment:
 
     async def _heard(self) -> bool:
         published = self.engine.publisher().next_seq - self.unheard
-        ended = await self.index.metric("observations_total", kind="finished")
-        return ended == self.routed and await self.index.metric("messages_received_total") == published
+        ended = await self.counted("observations_total", kind="finished")
+        told = self.routed * len(self.shards)
+        return ended == told and await self.counted("messages_received_total") == published
 
 
 def share(exchanges: Sequence[Exchange]) -> float:
@@ -71,7 +83,10 @@ def share(exchanges: Sequence[Exchange]) -> float:
 
 
 @asynccontextmanager
-async def deployed(folder: Path, config: EngineConfig, *, warm: bool) -> AsyncIterator[Deployment]:
+async def deployed(
+    folder: Path, config: EngineConfig, *, warm: bool, stores: Sequence[str] = ("memory",)
+) -> AsyncIterator[Deployment]:
+    """`stores`: one per shard."""
     chance = random.Random(7)
     talks = [f"{n} " + " ".join(chance.choices(WORDS, k=150)) for n in range(CONTEXTS)]
     async with AsyncExitStack() as stack:
@@ -81,25 +96,35 @@ async def deployed(folder: Path, config: EngineConfig, *, warm: bool) -> AsyncIt
         for number, context in enumerate(talks if warm else ()):
             reply = await ask(session, engine.url, chat(f"before {number}", context, max_tokens=4))
             assert not reply.error, reply
-        indexing = await enter(indexer(folder, "indexer", *flags(engine, replay=False)))
-        index = Index(session, indexing.rest)
+        asked = [("--store", store, *flags(engine, replay=False)) for store in stores]
+        indexing = [await enter(indexer(folder, f"indexer{n}", *options)) for n, options in enumerate(asked)]
+        shards = [Index(session, one.rest) for one in indexing]
+        index = shards[0]
 
-        async def connected() -> bool:
-            known = await index.engine(engine.address)
-            return bool(known) and known["health"] == "ready" and "not connected" not in known["inexact_reason"]
+        async def ready() -> bool:
+            return (await index.engine(engine.address)).get("health") == "ready"
+
+        numbers = itertools.count()
 
         async def profiled() -> bool:
-            return bool((await index.engine(engine.address))["profile_verified"])
+            """What is asked before the stream is connected, nobody hears."""
+            await ask(session, engine.url, chat(f"{next(numbers)} proves the profile " * 8))
+            return bool((await index.engine(engine.address)).get("profile_verified"))
 
-        await until(connected, "the engine's stream connected")
-        unheard = engine.publisher().next_seq
-        await ask(session, engine.url, chat("a prompt that proves the profile " * 8))
+        async def all_heard() -> bool:
+            return bool(await index.held(engine.address, list(engine.block_table())[-1:]))
+
+        await until(ready, "the engine to be known")
         await until(profiled, "the engine's profile, so that the router knows it from the start")
-        routing = await enter(router(folder, "router", *PATIENT, indexer=indexing.grpc))
+        await until(all_heard, "the last message")
+        heard = sum([await shard.metric("messages_received_total") for shard in shards])
+        unheard = engine.publisher().next_seq - int(heard)
+        others = [flag for one in indexing[1:] for flag in ("--indexer", one.grpc)]
+        routing = await enter(router(folder, "router", *PATIENT, *others, indexer=indexing[0].grpc))
         await ready_engines(session, routing, 1)
-        yield Deployment(engine, index, routing, session, talks, unheard)
-        indexing.assert_sound()
-        routing.assert_sound()
+        yield Deployment(engine, shards, routing, session, talks, unheard)
+        for process in (*indexing, routing):
+            process.assert_sound()
 
 
 async def test_predictions_about_an_engine_that_was_warm_before_come_true(tmp_path: Path) -> None:
@@ -109,12 +134,26 @@ async def test_predictions_about_an_engine_that_was_warm_before_come_true(tmp_pa
         assert share(first) < 0.2, "and nobody had heard it"
         assert share(second) == share(third) == 1.0
         assert [e.predicted for e in second + third] == [e.cached for e in second + third]
-        assert await one.index.metric("healed_blocks_total", how="added") > 0
-        assert await one.index.metric("prediction_differences_total", cause="inexact") >= CONTEXTS - 1
+        assert await one.counted("healed_blocks_total", how="added") > 0
+        assert await one.counted("prediction_differences_total", cause="inexact") >= CONTEXTS - 1
         held = await one.index.held(one.engine.address, list(one.engine.block_table()))
         assert held == dict.fromkeys(held, 1)
         assert len(held) > 0.9 * len(one.engine.block_table())
         assert await one.index.sync(one.engine.address) == "inexact", "it has not become certain by that"
+
+
+async def test_what_the_owner_heals_every_shard_answers(tmp_path: Path) -> None:
+    with Valkey(tmp_path) as server:
+        async with deployed(tmp_path, ROOMY, warm=True, stores=[server.url] * 2) as one:
+            first, second, third = [await one.round() for _ in range(3)]
+            assert share(first) < 0.2
+            assert share(second) == share(third) == 1.0
+            healed = [await shard.metric("healed_blocks_total", how="added") for shard in one.shards]
+            assert sorted(map(bool, healed)) == [False, True], "by its owner alone"
+            keys = list(one.engine.block_table())
+            here, there = [await shard.held(one.engine.address, keys) for shard in one.shards]
+            assert here == there == dict.fromkeys(here, 1)
+            assert len(here) > 0.9 * len(keys)
 
 
 async def test_after_a_loss_answers_tell_what_is_still_there(tmp_path: Path) -> None:
@@ -122,7 +161,7 @@ async def test_after_a_loss_answers_tell_what_is_still_there(tmp_path: Path) -> 
         for _ in range(2):
             await one.round()
         assert await one.index.sync(one.engine.address) == "exact"
-        assert await one.index.metric("healed_blocks_total") == 0
+        assert await one.counted("healed_blocks_total") == 0
         await one.index.agrees(one.engine.address, one.engine.block_table)
 
         one.engine.publisher().faults.drop = 1  # what comes evicts, and nobody hears it
@@ -135,5 +174,5 @@ async def test_after_a_loss_answers_tell_what_is_still_there(tmp_path: Path) -> 
         promised, cached = (sum(getattr(e, of) for e in second + third) for of in ("predicted", "cached"))
         assert share(second + third) == 1.0
         assert promised < 1.05 * cached
-        assert await one.index.metric("healed_blocks_total", how="settled") > 20
-        assert await one.index.metric("prediction_differences_total") >= 1
+        assert await one.counted("healed_blocks_total", how="settled") > 20
+        assert await one.counted("prediction_differences_total") >= 1
