@@ -49,5 +49,5 @@ def test_the_pause_doubles_up_to_a_limit() -> None:
             now += 0.125
         pauses.append(now - start)
         circuit.failed(now)
-    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0]
+    assert pauses == [0.5, 1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     assert max(pauses) == LONGEST_PAUSE_S

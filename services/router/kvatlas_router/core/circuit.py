@@ -8,7 +8,7 @@ from __future__ import annotations
 
 OPEN_AFTER = 3
 FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 8.0
+LONGEST_PAUSE_S = 2.0
 
 
 class Circuit:
