@@ -23,40 +23,53 @@ from kvatlas_loadtest.events import EventEncoder, WireVersion
 from kvatlas_loadtest.hashing import PromptChain
 from kvatlas_loadtest.kv_events import Stored, key_of
 
-BLOCK = 16
 EVENT_BLOCKS = 94
 VOCABULARY = 150_000
-PROFILE = HashProfile(Algorithm.SHA256_CBOR, "42", BLOCK, ExtraKeys.TAGGED)
-HASH_FLAGS = ("--hash-seed", "42", "--block-size", str(BLOCK), "--prefix-caching-hash-algo", "sha256_cbor")
 SAY_AGAIN_S = 0.2
 ENCODED_AT = time.time()
 """The `ts` of all messages: none may seem older than one that was sent before it."""
-_encoder = EventEncoder(WireVersion.V0_32, BLOCK)
+
+
+def profile(block_size: int) -> HashProfile:
+    return HashProfile(Algorithm.SHA256_CBOR, "42", block_size, ExtraKeys.TAGGED)
+
+
+def hash_flags(block_size: int) -> tuple[str, ...]:
+    """How a service is told of that profile."""
+    return ("--hash-seed", "42", "--block-size", str(block_size), "--prefix-caching-hash-algo", "sha256_cbor")
 
 
 class Prompt:
     """Token ids that no other prompt has, and the hashes an engine would publish for their blocks."""
 
-    def __init__(self, rng: np.random.Generator, blocks: int) -> None:
-        self.tokens = rng.integers(VOCABULARY, size=blocks * BLOCK, dtype=np.uint32)
+    def __init__(self, rng: np.random.Generator, blocks: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.tokens = rng.integers(VOCABULARY, size=blocks * block_size, dtype=np.uint32)
         self.keys: list[int] = rng.integers(2**64 - 1, size=blocks, dtype=np.uint64).tolist()
         self._made: dict[tuple[int, int], bytes] = {}
 
     def message(self, start: int, stop: int) -> bytes:
         """That an engine has stored these blocks. Engines that store the same say so in the same bytes."""
         if (start, stop) not in self._made:
-            keys, tokens = self.keys[start:stop], self.tokens[start * BLOCK : stop * BLOCK].tolist()
-            stored = Stored(keys, self.keys[start - 1] if start else None, tokens, (None,) * len(keys))
-            self._made[start, stop] = _encoder.batch([stored], ENCODED_AT)
+            keys, size = self.keys[start:stop], self.block_size
+            tokens = self.tokens[start * size : stop * size].tolist()
+            parent = self.keys[start - 1] if start else None
+            self._made[start, stop] = stored(keys, tokens, size, parent)
         return self._made[start, stop]
 
 
-@lru_cache(maxsize=1)
-def first_message() -> bytes:
+@lru_cache(maxsize=4)
+def first_message(block_size: int) -> bytes:
     """One block with its true hash."""
-    tokens = list(range(BLOCK))
-    hashes = [key_of(each) for each in PromptChain(PROFILE, PromptExtras()).extend(tokens)]
-    return _encoder.batch([Stored(hashes, None, tokens, (None,))], ENCODED_AT)
+    tokens = list(range(block_size))
+    hashes = [key_of(each) for each in PromptChain(profile(block_size), PromptExtras()).extend(tokens)]
+    return stored(hashes, tokens, block_size)
+
+
+def stored(keys: Sequence[int], tokens: Sequence[int], block_size: int, parent: int | None = None) -> bytes:
+    """A message that says so of these blocks."""
+    event = Stored(keys, parent, tokens, (None,) * len(keys))
+    return EventEncoder(WireVersion.V0_32, block_size).batch([event], ENCODED_AT)
 
 
 class Feed:
@@ -97,12 +110,12 @@ async def feeds(addresses: Sequence[str]) -> AsyncIterator[list[Feed]]:
         context.term()
 
 
-async def begin(made: Sequence[Feed], owners: Sequence[Service]) -> None:
+async def begin(made: Sequence[Feed], owners: Sequence[Service], block_size: int) -> None:
     """Each engine is indexed by its owner and nobody else. What is published before that is lost: it is said again."""
 
     async def begun() -> bool:
         for feed in made:
-            await feed.send(first_message())
+            await feed.send(first_message(block_size))
         return await _known(made, owners)
 
     await until(begun, "every engine to be known to its owner", every_s=SAY_AGAIN_S)

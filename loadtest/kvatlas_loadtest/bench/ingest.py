@@ -22,11 +22,13 @@ from kvatlas_indexer.core.ownership import winner
 from kvatlas_loadtest.bench.accounting import busy_share, cpu_s
 from kvatlas_loadtest.bench.deployment import client, found, indexer, stub_engines, until, valkey
 from kvatlas_loadtest.bench.dynamo import NAME, dynamo, python
-from kvatlas_loadtest.bench.feeds import EVENT_BLOCKS, HASH_FLAGS, PROFILE, Feed, Prompt, begin, feeds, taken_in
+from kvatlas_loadtest.bench.feeds import EVENT_BLOCKS, Feed, Prompt, begin, feeds, hash_flags, profile, taken_in
 from kvatlas_loadtest.bench.rows import Options, Row, at_least, only_told
 from kvatlas_loadtest.bench.stub_engines import MODEL
 
 ENGINES = 16
+BLOCK = 64  # a message of 94 blocks is a context of 6,000 tokens
+PROFILE = profile(BLOCK).name
 SAMPLE = 20
 BUDGETS = {"memory": 500_000.0, "redis": 100_000.0}
 
@@ -90,7 +92,7 @@ async def redis_rows(options: Options) -> list[Row]:
 def _prompts(per_engine: int) -> list[list[Prompt]]:
     """One message each, encoded."""
     rng = np.random.default_rng(1)
-    prompts = [[Prompt(rng, EVENT_BLOCKS) for _ in range(per_engine)] for _ in range(ENGINES)]
+    prompts = [[Prompt(rng, EVENT_BLOCKS, BLOCK) for _ in range(per_engine)] for _ in range(ENGINES)]
     for prompt in (prompt for its in prompts for prompt in its):
         prompt.message(0, EVENT_BLOCKS)
     return prompts
@@ -102,7 +104,7 @@ async def _ingested(folder: Path, prompts: Sequence[Sequence[Prompt]], shards: i
         enter = stack.enter_async_context
         stubs = await enter(stub_engines(folder, ENGINES))
         made = await enter(feeds(stubs.addresses))
-        told = [*HASH_FLAGS, *(flag for feed in made for flag in feed.flags)]
+        told = [*hash_flags(BLOCK), *(flag for feed in made for flag in feed.flags)]
         server_pid = None
         if shards:
             server = await enter(valkey(folder))
@@ -114,10 +116,10 @@ async def _ingested(folder: Path, prompts: Sequence[Sequence[Prompt]], shards: i
             services = [await enter(indexer(folder, *told))]
             owners = services * ENGINES
         asked = await enter(client(services[-1]))
-        await begin(made, owners)
+        await begin(made, owners, BLOCK)
 
         async def known(engine: int, prompt: Prompt) -> bool:
-            request = match_request(MODEL, {PROFILE.name: prompt.keys})
+            request = match_request(MODEL, {PROFILE: prompt.keys})
             return await found(asked, request, made[engine].address, EVENT_BLOCKS)
 
         run = await _timed(made, prompts, known, [service.pid for service in services], server_pid)
@@ -127,7 +129,7 @@ async def _ingested(folder: Path, prompts: Sequence[Sequence[Prompt]], shards: i
 
 async def _ingested_by_peer(folder: Path, prompts: Sequence[Sequence[Prompt]]) -> Ingest:
     await asyncio.to_thread(folder.mkdir)
-    async with feeds([f"127.0.0.1:{number}" for number in range(ENGINES)]) as made, dynamo(folder, made) as peer:
+    async with feeds([f"127.0.0.1:{number}" for number in range(ENGINES)]) as made, dynamo(folder, made, BLOCK) as peer:
 
         async def known(engine: int, prompt: Prompt) -> bool:
             return await peer.found(prompt, engine, EVENT_BLOCKS)

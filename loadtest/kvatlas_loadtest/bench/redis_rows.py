@@ -1,19 +1,14 @@
 """The shared store, measured on a Valkey of its own, in one run with the naive way of doing the same.
 
 Naive is what a first version would do: a set per block, `SADD` and `EXPIRE` for each block stored, `SMEMBERS` for each
-looked up, in pipelines of redis-py. Both sides take turns, so that a busy machine is busy for both. Run it alone with
-`python -m kvatlas_loadtest.bench.redis_rows`.
+looked up, in pipelines of redis-py. Both sides take turns, so that a busy machine is busy for both.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 import random
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import median
 
 import redis.asyncio
@@ -26,7 +21,8 @@ from kvatlas_indexer.adapters.redis_writes import Flush, Position
 from kvatlas_indexer.core.projection import SlotWrite, Write
 from kvatlas_indexer.core.records import EngineRecord, NamingRecord, PlaceRecord, StreamRecord
 from kvatlas_indexer.core.shared import SharedFleet
-from kvatlas_loadtest.bench.rows import Row, at_least, at_most
+from kvatlas_loadtest.bench.deployment import valkey
+from kvatlas_loadtest.bench.rows import Options, Row, at_least, at_most
 from kvatlas_loadtest.valkey import Valkey
 
 EVENT_BLOCKS = 94
@@ -257,11 +253,7 @@ async def measure(server: Valkey, seed: int = 1) -> list[Row]:
         await client.aclose()
 
 
-def redis_rows() -> list[Row]:
+async def rows(options: Options) -> list[Row]:
     """Starts a Valkey, measures, stops it; about 20 s."""
-    with tempfile.TemporaryDirectory() as folder, Valkey(Path(folder)) as server:
-        return asyncio.run(measure(server))
-
-
-if __name__ == "__main__":
-    print(json.dumps(redis_rows(), indent=1))
+    async with valkey(options.folder) as server:
+        return await measure(server)

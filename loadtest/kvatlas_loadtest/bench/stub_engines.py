@@ -54,6 +54,7 @@ class _Engine:
             "application/json", json.dumps({"object": "list", "data": [{"id": MODEL, "root": MODEL}]}).encode()
         )
         self._healthy = _answer("text/plain", b"")
+        self._missing = _answer("text/plain", b"", "404 Not Found")
         lines = [
             f"process_start_time_seconds {time.time():.2f}",
             f'vllm:num_requests_running{{engine="0",model_name="{MODEL}"}} 0.0',
@@ -71,7 +72,7 @@ class _Engine:
                 head = await reader.readuntil(b"\r\n\r\n")
                 length = _LENGTH.search(head)
                 body = await reader.readexactly(int(length[1])) if length else b""
-                if head.startswith(b"POST "):
+                if head.startswith(b"POST /v1/"):
                     await self._stream(writer, int(asked[1]) if (asked := _TOKENS.search(body)) else 1)
                 else:
                     writer.write(self._page_for(head.split(b" ", 2)[1]))
@@ -84,7 +85,9 @@ class _Engine:
     def _page_for(self, target: bytes) -> bytes:
         if target.startswith(b"/metrics"):
             return self._few if b"?" in target else self._page
-        return self._models if target.startswith(b"/v1/models") else self._healthy
+        if target.startswith(b"/v1/models"):
+            return self._models
+        return self._healthy if target == b"/health" else self._missing
 
     async def _stream(self, writer: asyncio.StreamWriter, tokens: int) -> None:
         writer.write(_STREAM)
@@ -100,8 +103,8 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-def _answer(kind: str, body: bytes) -> bytes:
-    return f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+def _answer(kind: str, body: bytes, status: str = "200 OK") -> bytes:
+    return f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 if __name__ == "__main__":

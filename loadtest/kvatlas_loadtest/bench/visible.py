@@ -3,16 +3,14 @@
 A real indexer process (over Redis two, one that owns the engine and one that is asked), a real PUB socket, the client
 that routers use. The blocks of the message just sent are looked up again and again until all are found, then those of
 the message sent next: the time from the send to that answer, one lookup included, is what a user's next request would
-have to wait. Run it alone with `python -m kvatlas_loadtest.bench.visible`.
+have to wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import random
-import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -20,7 +18,7 @@ from typing import Any
 
 from kvatlas_common.blocks.extras import PromptExtras
 from kvatlas_common.wire import match_request
-from kvatlas_loadtest.bench.rows import Row, at_most, only_told
+from kvatlas_loadtest.bench.rows import Options, Row, at_most, only_told
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.events import EventEncoder
 from kvatlas_loadtest.hashing import PromptChain
@@ -35,20 +33,26 @@ BLOCKS_PER_S = 20_000
 EVENT_BLOCKS = 94
 ASK_AGAIN_S = 0.0005
 WARM_UP = 200  # messages
-MESSAGES = 2_000
 FOUND_WITHIN_S = 5.0
 BUDGETS_MS = {"memory": 10.0, "redis": 20.0}
 
 
-async def rows(folder: Path, stores: Sequence[str] = ("memory", "redis")) -> list[Row]:
-    """`visible_<store>_p50_ms` and `visible_<store>_p99_ms`. Raises `ProcessFailed`, `TimeoutError`."""
-    found: list[Row] = []
-    for store in stores:
-        waits_ms = sorted(1e3 * wait for wait in await _measured(store, folder / store))
-        p50 = only_told(f"visible_{store}_p50_ms", percentile(waits_ms, 0.5), f"ms at {BLOCKS_PER_S} blocks/s")
-        unit = f"ms at {BLOCKS_PER_S} blocks/s, of {len(waits_ms)}"
-        found += [p50, at_most(f"visible_{store}_p99_ms", percentile(waits_ms, 0.99), unit, BUDGETS_MS[store])]
-    return found
+async def memory_rows(options: Options) -> list[Row]:
+    return await _rows(options, "memory")
+
+
+async def redis_rows(options: Options) -> list[Row]:
+    return await _rows(options, "redis")
+
+
+async def _rows(options: Options, store: str) -> list[Row]:
+    waits_ms = sorted(1e3 * wait for wait in await _measured(store, options))
+    unit = f"ms at {BLOCKS_PER_S} blocks/s, of {len(waits_ms)}"
+    p50, p99 = (percentile(waits_ms, share) for share in (0.5, 0.99))
+    return [
+        at_most(f"visible_{store}_p99_ms", p99, unit, BUDGETS_MS[store]),
+        only_told(f"visible_{store}_p50_ms", p50, unit),
+    ]
 
 
 def prompts(config: EngineConfig, count: int, seed: int = 0) -> list[Stored]:
@@ -71,11 +75,11 @@ def asking_for(config: EngineConfig, stored: Stored) -> Any:
     return match_request(config.model, {config.profile().name: [key_of(each) for each in stored.hashes]})
 
 
-async def _measured(store: str, folder: Path) -> list[float]:
+async def _measured(store: str, options: Options) -> list[float]:
     """Seconds from send to found, of every message that was asked for."""
     config = EngineConfig(time_model=NO_TIME)
-    sent = prompts(config, WARM_UP + MESSAGES)
-    async with SimulatedEngine(config) as engine, _indexed(store, folder, engine) as shard:
+    sent = prompts(config, WARM_UP + options.count(2_000, 20))
+    async with SimulatedEngine(config) as engine, _indexed(store, options.folder, engine) as shard:
         waits: list[float] = []
         asking: asyncio.Task[None] | None = None
         due = time.perf_counter()
@@ -147,12 +151,3 @@ async def _known(shard: Shard, request: Any) -> None:
                 if (await shard.match(request, 1.0)).matches:
                     return
             await asyncio.sleep(0.02)
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(asyncio.run(rows(Path(folder))), indent=1))
-
-
-if __name__ == "__main__":
-    main()

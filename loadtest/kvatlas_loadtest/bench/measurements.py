@@ -1,0 +1,85 @@
+"""All there is to measure, each in a process of its own: `python -m kvatlas_loadtest.bench.measurements NAME`.
+
+One that fails loses its own rows alone, and says in them why. What it needs is imported when it is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import importlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvatlas_loadtest.bench.rows import Options, Row, failed
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """`measure`: module and coroutine function. `rows`: those with a budget, which it must bring; it may bring others.
+    `within_s`: how long it may take.
+    """
+
+    name: str
+    measure: str
+    rows: tuple[str, ...]
+    within_s: float = 90.0
+
+    async def run(self, options: Options) -> list[Row]:
+        """Never raises for what goes wrong: its rows say it."""
+        module, function = self.measure.split(":")
+        try:
+            async with asyncio.timeout(self.within_s):
+                measure = getattr(importlib.import_module(f"kvatlas_loadtest.bench.{module}"), function)
+                rows: list[Row] = await measure(options)
+        except Exception as error:  # whatever it is: the other measurements go on
+            return failed(self.rows, f"{type(error).__name__}: {error}"[:500])
+        missing = set(self.rows) - {row["name"] for row in rows}
+        return rows + failed(sorted(missing), "it was not measured")
+
+
+MEASUREMENTS = (
+    Measurement("match", "lookups:in_process_rows", ("match_memory_ms",)),
+    Measurement("grpc_memory", "lookups:memory_rows", ("grpc_match_memory_p50_ms",)),
+    Measurement("grpc_redis", "lookups:redis_rows", ("grpc_match_redis_p50_ms",)),
+    Measurement("wide", "lookups:wide_rows", ("match_redis_wide_ms",)),
+    Measurement("ingest_memory", "ingest:memory_rows", ("ingest_memory_blocks_per_s",)),
+    Measurement("ingest_redis", "ingest:redis_rows", ("ingest_redis_blocks_per_s",)),
+    Measurement("memory", "memory:rows", ("bytes_per_holder_memory",)),
+    Measurement("redis_store", "redis_rows:rows", ("bytes_per_holder_redis",), within_s=120.0),
+    Measurement("visible_memory", "visible:memory_rows", ("visible_memory_p99_ms",)),
+    Measurement("visible_redis", "visible:redis_rows", ("visible_redis_p99_ms",)),
+    Measurement("hash", "hashes:rows", ("hash_ms",)),
+    Measurement("router", "routing:rows", ("router_added_p50_ms", "router_added_p99_ms", "router_cpu_ms_per_request")),
+    Measurement("idle", "idle:rows", ("idle_cores_100_engines",)),
+)
+
+
+def chosen(only: Sequence[str]) -> list[Measurement]:
+    """By name or by a row they bring; all, if nothing is asked for. Raises `ValueError`."""
+    unknown = [name for name in only if not any(name in (m.name, *m.rows) for m in MEASUREMENTS)]
+    if unknown:
+        known = ", ".join(name for m in MEASUREMENTS for name in (m.name, *m.rows))
+        raise ValueError(f"nothing is called {', '.join(unknown)}; there is {known}")
+    return [m for m in MEASUREMENTS if not only or {m.name, *m.rows} & set(only)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the rows of one measurement as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m kvatlas_loadtest.bench.measurements")
+    parser.add_argument("name", choices=[m.name for m in MEASUREMENTS])
+    parser.add_argument("--quick", action="store_true")
+    asked = parser.parse_args(argv)
+    (measurement,) = chosen([asked.name])
+    with tempfile.TemporaryDirectory(prefix="kvatlas-bench-") as folder:
+        rows = asyncio.run(measurement.run(Options(Path(folder), asked.quick)))
+    json.dump(rows, sys.stdout)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
