@@ -101,6 +101,10 @@ class Publisher:
                 await asyncio.sleep(RETRY_S)
                 self.touched()
 
+    def halted(self) -> asyncio.Lock:
+        """While it is held, nothing is on its way to the store."""
+        return self._flushing
+
     async def flush_all(self) -> None:
         """Writes everything that is to be written now. Raises `StoreUnavailable`: it stays to be written."""
         async with self._flushing:
@@ -221,14 +225,15 @@ class Publisher:
         if self._clock() - self._checked_at < CHECK_S:
             return
         self._checked_at = self._clock()
-        if self._told and not await self._store.version():
-            self._told.clear()
-            self.touched()
-        idle = [(engine, fence) for engine, fence in self._fences.items() if engine in self._written]
-        for engine, outcomes in (await self._store.positions(idle)).items():
-            for outcome in outcomes:
-                if outcome is not Outcome.OK:
-                    self._judge(engine, outcome)
+        async with self._flushing:
+            if self._told and not await self._store.version():
+                self._told.clear()
+                self.touched()
+            idle = [(engine, fence) for engine, fence in self._fences.items() if engine in self._written]
+            for engine, outcomes in (await self._store.positions(idle)).items():
+                for outcome in outcomes:
+                    if outcome is not Outcome.OK:
+                        self._judge(engine, outcome)
 
     # -- slot numbers --------------------------------------------------------------------------------------------------
 

@@ -154,21 +154,38 @@ class Shard:
 
     async def _keep(self, beat: Beat) -> None:
         """Leases that ran out are taken again; those another shard has taken are lost."""
+        ran_out: list[str] = []
         for address, fence in list(self._fences.items()):
             lease = beat.leases.get(address)
-            if lease is not None and lease.shard == self.name and lease.fence == fence:
-                continue
-            again = None if lease is not None else await self._leases.acquire(address, force=False, above=fence)
-            if again is None:
-                log.info("engine taken over by another shard", extra={"engine": address})
-                self._let_go(address)
-                continue
-            self._fences[address] = again
-            for engine in self._engines(address):
-                if await self._store.raise_fence(engine, again) is None:
-                    await self._abandon(address)
-                    break
-                self._publisher.own(engine, again)
+            if lease is None or (lease.shard == self.name and lease.fence != fence):  # or got unawares, by a late answer
+                ran_out.append(address)
+            elif lease.shard != self.name:
+                self._lose(address)
+        if ran_out:
+            # From the moment a lease is taken again, what is written under the last one's fence would be refused.
+            async with self._publisher.halted():
+                for address in ran_out:
+                    await self._take_again(address)
+
+    async def _take_again(self, address: str) -> None:
+        if (fence := self._fences.get(address)) is None:
+            return  # lost meanwhile
+        again = await self._leases.acquire(address, force=False, above=fence)
+        if again is None:
+            self._lose(address)
+            return
+        self._fences[address] = again
+        engines = self._engines(address)
+        for engine in engines:
+            self._publisher.own(engine, again)
+        for engine in engines:
+            if await self._store.raise_fence(engine, again) is None:
+                await self._abandon(address)
+                return
+
+    def _lose(self, address: str) -> None:
+        log.info("engine taken over by another shard", extra={"engine": address})
+        self._let_go(address)
 
     # -- taking and giving up ------------------------------------------------------------------------------------------
 
@@ -288,7 +305,7 @@ class Shard:
 
     def lost(self, engine: EngineId) -> None:
         """A write was refused: another shard owns it by now."""
-        self._let_go(engine.address)
+        self._lose(engine.address)
         self._hurry.set()
 
     def _own(self) -> None:
