@@ -41,13 +41,31 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class InFlight:
+    """Requests that routers have in flight at an engine.
+
+    `prefilling`: those without a first token; `prefill_tokens`: their prompt tokens not expected in the cache.
+    """
+
+    prefilling: int = 0
+    prefill_tokens: int = 0
+    decoding: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
-    """An engine's own figures, scraped from `/metrics`. `kv_usage` is 0..1; `scraped_at` in seconds since the epoch."""
+    """What is known of an engine's load: its own figures from `/metrics`, and what other routers have in flight there.
+
+    `kv_usage` is 0..1; `scraped_at` in seconds since the epoch, 0 where the figures are not known; `loras`: adapters
+    that requests run with or wait for.
+    """
 
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
     scraped_at: float = 0.0
+    loras: frozenset[str] = frozenset()
+    others: InFlight = InFlight()
 
 
 @dataclass(frozen=True, slots=True)

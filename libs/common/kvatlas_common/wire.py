@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvatlas_common.fleet import Adapter, EngineView, Health, Load, Sync
+from kvatlas_common.fleet import Adapter, EngineView, Health, InFlight, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
@@ -32,19 +32,30 @@ def unpack_keys(packed: bytes) -> list[int]:
 
 
 def match_request(
-    model: str, prompts: Mapping[str, Sequence[int] | np.ndarray[Any, Any]], engines: Iterable[EngineId] = ()
+    model: str,
+    prompts: Mapping[str, Sequence[int] | np.ndarray[Any, Any]],
+    engines: Iterable[EngineId] = (),
+    *,
+    estimate: bool = False,
 ) -> pb.MatchRequest:
     return pb.MatchRequest(
         model=model,
         prompts=[pb.PromptKeys(profile=profile, keys=pack_keys(keys)) for profile, keys in prompts.items()],
         engines=[str(e) for e in engines],
+        estimate=estimate,
     )
 
 
 def match_response(answer: MatchAnswer) -> pb.MatchResponse:
     message = pb.MatchResponse(unknown=[str(e) for e in answer.unknown])
     for m in answer.matches:  # added in place: half the time of building the parts first
-        engine = message.engines.add(engine=str(m.engine), blocks=m.blocks, exact=m.exact, doubtful=m.doubtful)
+        engine = message.engines.add(
+            engine=str(m.engine),
+            blocks=m.blocks,
+            exact=m.exact,
+            doubtful=m.doubtful,
+            expected=max(m.expected, m.blocks),
+        )
         for medium, blocks in m.media.items():
             engine.media.add(medium=medium, blocks=blocks)
     return message
@@ -54,7 +65,12 @@ def match_answer(message: pb.MatchResponse) -> MatchAnswer:
     return MatchAnswer(
         tuple(
             EngineMatch(
-                _engine_id(m.engine), m.blocks, {Medium(x.medium): x.blocks for x in m.media}, m.exact, m.doubtful
+                _engine_id(m.engine),
+                m.blocks,
+                {Medium(x.medium): x.blocks for x in m.media},
+                m.exact,
+                m.doubtful,
+                m.expected,
             )
             for m in message.engines
         ),
@@ -106,6 +122,33 @@ def engine_view(message: pb.Engine) -> EngineView:
         sync=Sync(message.sync),
         inexact_reason=message.inexact_reason,
         max_model_len=given("max_model_len", message.max_model_len),
+    )
+
+
+def load_message(engine: EngineId, load: Load) -> pb.EngineLoad:
+    others = load.others
+    return pb.EngineLoad(
+        engine=str(engine),
+        running=load.running,
+        waiting=load.waiting,
+        kv_usage=load.kv_usage,
+        scraped_at=load.scraped_at,
+        loras=sorted(load.loras),
+        others=pb.InFlight(
+            prefilling=others.prefilling, prefill_tokens=others.prefill_tokens, decoding=others.decoding
+        ),
+    )
+
+
+def engine_load(message: pb.EngineLoad) -> tuple[EngineId, Load]:
+    others = message.others
+    return _engine_id(message.engine), Load(
+        message.running,
+        message.waiting,
+        message.kv_usage,
+        message.scraped_at,
+        frozenset(message.loras),
+        InFlight(others.prefilling, others.prefill_tokens, others.decoding),
     )
 
 
