@@ -98,6 +98,7 @@ def engine_message(view: EngineView) -> pb.Engine:
         sync=view.sync,
         inexact_reason=view.inexact_reason,
         max_model_len=view.max_model_len,
+        labels=dict(view.labels),
     )
 
 
@@ -122,6 +123,7 @@ def engine_view(message: pb.Engine) -> EngineView:
         sync=Sync(message.sync),
         inexact_reason=message.inexact_reason,
         max_model_len=given("max_model_len", message.max_model_len),
+        labels=tuple(sorted(message.labels.items())),
     )
 
 

@@ -104,6 +104,7 @@ def engine_json(view: EngineView, blocks: Mapping[Medium, int] | None) -> Json:
         "sync": view.sync,
         "inexact_reason": view.inexact_reason,
         "max_model_len": view.max_model_len,
+        "labels": dict(view.labels),
         "blocks": None if blocks is None else {str(medium): n for medium, n in blocks.items()},
     }
 

@@ -59,6 +59,7 @@ class Known:
             sync=sync,
             inexact_reason=reason,
             max_model_len=facts.max_model_len,
+            labels=self.spec.labels if self.spec else (),
         )
 
     def can_be_matched(self, view: EngineView) -> bool:

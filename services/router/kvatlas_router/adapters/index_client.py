@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from kvatlas_common.fleet import Fleet
+from kvatlas_common.fleet import Fleet, Load
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.observations import Observation
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
@@ -193,7 +193,12 @@ class IndexClient:
         await self._changed.wait()
         self._changed.clear()
 
-    async def match(self, model: str, prompts: Mapping[str, np.ndarray[Any, Any]]) -> MatchAnswer:
+    def loads(self) -> Mapping[EngineId, Load]:
+        return {}
+
+    async def match(
+        self, model: str, prompts: Mapping[str, np.ndarray[Any, Any]], *, estimate: bool = False
+    ) -> MatchAnswer:
         """`prompts`: profile name -> uint64[n]. Raises `LookupFailed` within the deadline."""
         try:
             answer = await self._match(model, prompts)

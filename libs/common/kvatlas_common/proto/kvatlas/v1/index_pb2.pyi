@@ -115,7 +115,14 @@ class EngineLoad(_message.Message):
     def __init__(self, engine: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., scraped_at: _Optional[float] = ..., loras: _Optional[_Iterable[str]] = ..., others: _Optional[_Union[InFlight, _Mapping]] = ...) -> None: ...
 
 class Engine(_message.Message):
-    __slots__ = ("id", "url", "models", "adapters", "root", "health", "load", "profile", "profile_verified", "block_size", "sync", "inexact_reason", "max_model_len")
+    __slots__ = ("id", "url", "models", "adapters", "root", "health", "load", "profile", "profile_verified", "block_size", "sync", "inexact_reason", "max_model_len", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -129,6 +136,7 @@ class Engine(_message.Message):
     SYNC_FIELD_NUMBER: _ClassVar[int]
     INEXACT_REASON_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     id: str
     url: str
     models: _containers.RepeatedScalarFieldContainer[str]
@@ -142,7 +150,8 @@ class Engine(_message.Message):
     sync: str
     inexact_reason: str
     max_model_len: int
-    def __init__(self, id: _Optional[str] = ..., url: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., root: _Optional[str] = ..., health: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., profile: _Optional[str] = ..., profile_verified: _Optional[bool] = ..., block_size: _Optional[int] = ..., sync: _Optional[str] = ..., inexact_reason: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, id: _Optional[str] = ..., url: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., root: _Optional[str] = ..., health: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., profile: _Optional[str] = ..., profile_verified: _Optional[bool] = ..., block_size: _Optional[int] = ..., sync: _Optional[str] = ..., inexact_reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class FleetUpdate(_message.Message):
     __slots__ = ("snapshot", "engines", "removed", "loads")
