@@ -70,7 +70,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """What is known of one engine (one rank)."""
+    """What is known of one engine (one rank), but for its load: that changes all the time, and goes beside it."""
 
     id: EngineId
     url: str  # base URL of its HTTP API, without a trailing slash
@@ -78,13 +78,13 @@ class EngineView:
     adapters: tuple[Adapter, ...] = ()
     root: str | None = None  # path or hub name of the model's files, as `/v1/models` gives it
     health: Health = Health.UNKNOWN
-    load: Load = Load()
     profile: str | None = None  # `HashProfile.name` its keys are made with; None: not known yet
     profile_verified: bool = False
     block_size: int | None = None
     sync: Sync = Sync.UNKNOWN
     inexact_reason: str = ""
     max_model_len: int | None = None
+    kv_tokens: int | None = None  # what its gpu cache can hold
     labels: tuple[tuple[str, str], ...] = ()  # sorted by name: what its operator calls it
 
     @property

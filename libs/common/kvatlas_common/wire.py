@@ -86,18 +86,13 @@ def engine_message(view: EngineView) -> pb.Engine:
         adapters=[pb.Adapter(name=a.name, path=a.path, number=a.number) for a in view.adapters],
         root=view.root,
         health=view.health,
-        load=pb.Load(
-            running=view.load.running,
-            waiting=view.load.waiting,
-            kv_usage=view.load.kv_usage,
-            scraped_at=view.load.scraped_at,
-        ),
         profile=view.profile,
         profile_verified=view.profile_verified,
         block_size=view.block_size,
         sync=view.sync,
         inexact_reason=view.inexact_reason,
         max_model_len=view.max_model_len,
+        kv_tokens=view.kv_tokens,
         labels=dict(view.labels),
     )
 
@@ -116,13 +111,13 @@ def engine_view(message: pb.Engine) -> EngineView:
         ),
         root=given("root", message.root),
         health=Health(message.health),
-        load=Load(message.load.running, message.load.waiting, message.load.kv_usage, message.load.scraped_at),
         profile=given("profile", message.profile),
         profile_verified=message.profile_verified,
         block_size=given("block_size", message.block_size),
         sync=Sync(message.sync),
         inexact_reason=message.inexact_reason,
         max_model_len=given("max_model_len", message.max_model_len),
+        kv_tokens=given("kv_tokens", message.kv_tokens),
         labels=tuple(sorted(message.labels.items())),
     )
 
@@ -162,6 +157,7 @@ def observation_message(observation: Observation) -> pb.Observation:
             message.routed.predicted_cached_tokens = observation.predicted_cached_tokens
             for profile, keys in observation.keys.items():
                 message.routed.prompts.add(profile=profile, keys=pack_keys(keys))
+            message.routed.again = observation.again
             message.routed.SetInParent()
         case FirstToken():
             message.first_token.ttft_s = observation.ttft_s
@@ -181,7 +177,7 @@ def observation(message: pb.Observation) -> Observation:
         case "routed":
             routed = message.routed
             keys = {p.profile: tuple(unpack_keys(p.keys)) for p in routed.prompts}
-            return Routed(*about, routed.prompt_tokens, routed.predicted_cached_tokens, keys)
+            return Routed(*about, routed.prompt_tokens, routed.predicted_cached_tokens, keys, routed.again)
         case "first_token":
             return FirstToken(*about, message.first_token.ttft_s)
         case "finished":

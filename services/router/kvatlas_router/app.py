@@ -41,7 +41,7 @@ class Router:
     def __init__(self, settings: RouterSettings, environ: Mapping[str, str]) -> None:
         self._settings = settings
         self._stack = AsyncExitStack()
-        name = f"{socket.gethostname()}:{os.getpid()}"
+        name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"  # a new life is another router
         rng = random.Random(settings.seed)
         metrics = self.metrics = Metrics()
         chooser = self.chooser = Chooser(rng.random)

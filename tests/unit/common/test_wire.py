@@ -22,7 +22,7 @@ reals = st.floats(min_value=0, max_value=1e9)
 names = st.text(max_size=8)
 
 observations: st.SearchStrategy[Observation] = st.one_of(
-    st.builds(Routed, names, engines, names, counts, counts, st.dictionaries(names, keys, max_size=3)),
+    st.builds(Routed, names, engines, names, counts, counts, st.dictionaries(names, keys, max_size=3), st.booleans()),
     st.builds(FirstToken, names, engines, names, reals),
     st.builds(Finished, names, engines, names, st.none() | counts, counts, st.booleans(), st.sampled_from(Outcome)),
 )
@@ -44,13 +44,13 @@ views = st.builds(
     adapters=st.lists(st.builds(Adapter, names, st.none() | names, st.none() | counts), max_size=2).map(tuple),
     root=st.none() | names,
     health=st.sampled_from(Health),
-    load=st.builds(Load, counts, counts, reals, reals),
     profile=st.none() | names,
     profile_verified=st.booleans(),
     block_size=st.none() | counts,
     sync=st.sampled_from(Sync),
     inexact_reason=names,
     max_model_len=st.none() | counts,
+    kv_tokens=st.none() | counts,
 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from kvatlas_common.fleet import EngineView, Fleet, Health, Load, Sync
+from kvatlas_common.fleet import EngineView, Fleet, Health, Sync
 from kvatlas_common.words import EngineId
 
 _SYNC_ORDER = {Sync.EXACT: 0, Sync.INEXACT: 1, Sync.SYNCING: 2, Sync.UNKNOWN: 3}
@@ -39,7 +39,7 @@ def merged(indexed: Fleet, listed: Views, probed: Views, remembered: Fleet) -> F
 
 def as_remembered(view: EngineView) -> EngineView:
     """What of a view still holds when nobody vouches for it any more."""
-    return replace(view, health=Health.UNKNOWN, load=Load(), sync=Sync.UNKNOWN, inexact_reason="")
+    return replace(view, health=Health.UNKNOWN, sync=Sync.UNKNOWN, inexact_reason="")
 
 
 def needing_probes(fleet: Fleet, indexed: Fleet) -> tuple[EngineId, ...]:
@@ -63,7 +63,7 @@ def _completed(view: EngineView, probed: EngineView | None, listed: EngineView |
         adapters=view.adapters or probed.adapters,
         root=view.root or probed.root,
         health=probed.health if view.health is Health.UNKNOWN else view.health,
-        load=probed.load if view.load == Load() else view.load,
         block_size=view.block_size or probed.block_size,
         max_model_len=view.max_model_len or probed.max_model_len,
+        kv_tokens=view.kv_tokens or probed.kv_tokens,
     )
