@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -354,7 +354,9 @@ async def test_models_and_adapters_are_kept_apart(it: Deployment) -> None:
 async def test_whoever_watches_is_told_the_fleet_and_what_changes(it: Deployment) -> None:
     it.world.store(E1, LATER)
     answers = await it.settled()
-    async with contextlib.aclosing(answers.watch()) as watching:
+    watch = answers.watch()
+    assert isinstance(watch, AsyncGenerator)
+    async with contextlib.aclosing(watch) as watching:
         first = await anext(watching)
         assert first.snapshot
         assert set(first.changed) == set(it.world.index.fleet().engines.values())
