@@ -5,6 +5,9 @@ A prompt is a row of parts. A *segment* is named, not written out: the same seed
 of a longer one. A multi-turn prompt holds the *answer* to an earlier arrival, which is known once that has been
 answered: such an arrival names it as `after` and is sent `think_s` later, not before `at_s` (closed loop). All other
 arrivals are sent at `at_s`, come what may (open loop).
+
+A load may have *stages*, as load generators do that measure a ladder of rates: a stage begins when everything of the
+stage before has been answered (or has failed), and `at_s` counts from there. Most loads are one stage.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ Part: TypeAlias = Segment | Answer
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request. `at_s` from the start of the load. `salt` keeps caches apart: nothing is shared across salts."""
+    """One request. `at_s` from the start of its stage. `salt` keeps caches apart: nothing is shared across salts."""
 
     at_s: float
     prompt: tuple[Part, ...]
@@ -43,6 +46,7 @@ class Arrival:
     salt: str | None = None
     after: int | None = None
     think_s: float = 0.0
+    stage: int = 0  # never lower than that of the arrival before
 
 
 class BadLoad(ValueError):
@@ -73,6 +77,10 @@ def checked(arrivals: Sequence[Arrival]) -> Sequence[Arrival]:
             raise BadLoad(f"arrival {index} refers to {max(answers)}, which is not an earlier one")
         if any(isinstance(part, Answer) for part in arrival.prompt) and arrival.after is None:
             raise BadLoad(f"arrival {index} holds an answer, and says not after which arrival it is sent")
+        if arrival.after is not None and arrivals[arrival.after].stage != arrival.stage:
+            raise BadLoad(f"arrival {index} follows {arrival.after}, which is of another stage")
+        if index and arrival.stage < arrivals[index - 1].stage:
+            raise BadLoad(f"arrival {index} is of stage {arrival.stage}, the one before of a later stage")
         if arrival.output_tokens < 1 or prompt_tokens(arrivals, index) < 1:
             raise BadLoad(f"arrival {index} has no prompt or asks for no output")
     return arrivals
