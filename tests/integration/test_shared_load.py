@@ -101,8 +101,8 @@ async def test_blocks_on_their_way_are_expected_by_every_router_and_estimated_fo
     one, two = deployment.one, deployment.two
     await one.post("/v1/completions", {"model": "tiny", "prompt": [7] * (BLOCK * 2), "max_tokens": 1})
     await two.until(lambda fleet: any(v.profile_verified for v in fleet.engines.values()))
-    for engine in deployment.index.engines:  # so that every one of them is known
-        await deployment.index.ask(engine, [9] * (BLOCK * 2))
+    for each in deployment.index.engines:  # so that every one of them is known
+        await deployment.index.ask(each, [9] * (BLOCK * 2))
     fleet = await two.until(lambda fleet: all(v.profile_verified for v in fleet.engines.values()))
     await one.until(lambda fleet: all(v.profile_verified for v in fleet.engines.values()))
     sending = asyncio.create_task(one.post("/v1/completions", {"model": "tiny", "prompt": PROMPT, "max_tokens": 1}))
