@@ -85,10 +85,20 @@ class EngineView:
     inexact_reason: str = ""
     max_model_len: int | None = None
     kv_tokens: int | None = None  # what its gpu cache can hold
+    labels: tuple[tuple[str, str], ...] = ()  # sorted by name: what its operator calls it
+
+    @property
+    def known_empty(self) -> bool:
+        """Every event of it is known, and it has stored nothing yet: so nothing shows its profile."""
+        return self.profile is None and self.sync is Sync.EXACT
 
     def serves(self, model: str) -> bool:
         """True too while the engine's model names are not known: it may."""
         return not self.models or model in self.models
+
+    def labelled(self, wanted: Iterable[tuple[str, str]]) -> bool:
+        """Whether it has all of these labels."""
+        return all(label in self.labels for label in wanted)
 
     def adapter(self, model: str) -> Adapter | None:
         return next((a for a in self.adapters if a.name == model), None)

@@ -93,6 +93,7 @@ def engine_message(view: EngineView) -> pb.Engine:
         inexact_reason=view.inexact_reason,
         max_model_len=view.max_model_len,
         kv_tokens=view.kv_tokens,
+        labels=dict(view.labels),
     )
 
 
@@ -117,6 +118,7 @@ def engine_view(message: pb.Engine) -> EngineView:
         inexact_reason=message.inexact_reason,
         max_model_len=given("max_model_len", message.max_model_len),
         kv_tokens=given("kv_tokens", message.kv_tokens),
+        labels=tuple(sorted(message.labels.items())),
     )
 
 

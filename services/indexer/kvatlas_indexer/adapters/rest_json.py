@@ -115,6 +115,7 @@ def engine_json(view: EngineView, load: Load, blocks: Mapping[Medium, int] | Non
         "inexact_reason": view.inexact_reason,
         "max_model_len": view.max_model_len,
         "kv_tokens": view.kv_tokens,
+        "labels": dict(view.labels),
         "blocks": None if blocks is None else {str(medium): n for medium, n in blocks.items()},
     }
 

@@ -71,6 +71,7 @@ def describe(known: Known, expected: Expected, projection: Projection, residency
         naming=NamingRecord(
             naming.reproduces, naming.profile.name if naming.profile else None, naming.verified, naming.extras_proven
         ),
+        labels=view.labels,
     )
 
 

@@ -59,6 +59,7 @@ class Known:
             inexact_reason=reason,
             max_model_len=facts.max_model_len,
             kv_tokens=facts.cache.gpu_tokens if facts.cache else None,
+            labels=self.spec.labels if self.spec else (),
         )
 
     def can_be_matched(self, view: EngineView) -> bool:

@@ -66,6 +66,7 @@ class EngineRecord(msgspec.Struct, frozen=True):
     rules: list[RuleRecord]
     stream: StreamRecord
     naming: NamingRecord
+    labels: tuple[tuple[str, str], ...] = ()
 
     def view(self) -> EngineView:
         """Raises `ValueError` for an engine name that is none."""
@@ -83,6 +84,7 @@ class EngineRecord(msgspec.Struct, frozen=True):
             inexact_reason=self.inexact_reason,
             max_model_len=self.max_model_len,
             kv_tokens=self.kv_tokens,
+            labels=self.labels,
         )
 
     def group_rules(self) -> dict[int, GroupRule]:

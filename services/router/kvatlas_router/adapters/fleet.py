@@ -142,7 +142,7 @@ class FleetKeeper:
         if up:
             before = self._remembered.engines if in_grace else {}
             self._remember({**before, **indexed.engines})
-        listed = {i: EngineView(i, s.url) for i, s in self._specs.items()}
+        listed = {i: EngineView(i, s.url, labels=s.labels) for i, s in self._specs.items()}
         probed = {f.id: _probed(f) for f in self._facts.values()}
         fleet = merged(indexed, listed, probed, Fleet() if up and not in_grace else self._remembered)
         self._probe(fleet, indexed)

@@ -255,7 +255,7 @@ class IndexClient:
         self._changed.clear()
 
     async def match(
-        self, model: str, prompts: Mapping[str, np.ndarray[Any, Any]], estimate: bool = False
+        self, model: str, prompts: Mapping[str, np.ndarray[Any, Any]], *, estimate: bool = False
     ) -> MatchAnswer:
         """`prompts`: profile name -> uint64[n]; `estimate`: from where prompts were routed, not from the index.
 

@@ -34,7 +34,7 @@ def merged(indexed: Fleet, listed: Views, probed: Views, remembered: Fleet) -> F
     """`indexed`: as `told`; `listed`: the router's list, bare; `probed`: what its own probes found."""
     before = {e: as_remembered(v) for e, v in remembered.engines.items()}
     known = {**listed, **before, **indexed.engines}
-    return Fleet.of(_completed(view, probed.get(engine)) for engine, view in known.items())
+    return Fleet.of(_completed(view, probed.get(engine), listed.get(engine)) for engine, view in known.items())
 
 
 def as_remembered(view: EngineView) -> EngineView:
@@ -52,7 +52,9 @@ def _standing(view: EngineView) -> tuple[int, int]:
     return _SYNC_ORDER[view.sync], _HEALTH_ORDER[view.health]
 
 
-def _completed(view: EngineView, probed: EngineView | None) -> EngineView:
+def _completed(view: EngineView, probed: EngineView | None, listed: EngineView | None) -> EngineView:
+    if listed is not None and not view.labels and listed.labels:
+        view = replace(view, labels=listed.labels)
     if probed is None:
         return view
     return replace(

@@ -103,7 +103,14 @@ class EngineLoad(_message.Message):
     def __init__(self, engine: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., scraped_at: _Optional[float] = ..., loras: _Optional[_Iterable[str]] = ..., others: _Optional[_Union[InFlight, _Mapping]] = ...) -> None: ...
 
 class Engine(_message.Message):
-    __slots__ = ("id", "url", "models", "adapters", "root", "health", "profile", "profile_verified", "block_size", "sync", "inexact_reason", "max_model_len", "kv_tokens")
+    __slots__ = ("id", "url", "models", "adapters", "root", "health", "profile", "profile_verified", "block_size", "sync", "inexact_reason", "max_model_len", "kv_tokens", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
@@ -117,6 +124,7 @@ class Engine(_message.Message):
     INEXACT_REASON_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     id: str
     url: str
     models: _containers.RepeatedScalarFieldContainer[str]
@@ -130,7 +138,8 @@ class Engine(_message.Message):
     inexact_reason: str
     max_model_len: int
     kv_tokens: int
-    def __init__(self, id: _Optional[str] = ..., url: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., root: _Optional[str] = ..., health: _Optional[str] = ..., profile: _Optional[str] = ..., profile_verified: _Optional[bool] = ..., block_size: _Optional[int] = ..., sync: _Optional[str] = ..., inexact_reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., kv_tokens: _Optional[int] = ...) -> None: ...
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, id: _Optional[str] = ..., url: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., root: _Optional[str] = ..., health: _Optional[str] = ..., profile: _Optional[str] = ..., profile_verified: _Optional[bool] = ..., block_size: _Optional[int] = ..., sync: _Optional[str] = ..., inexact_reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class FleetUpdate(_message.Message):
     __slots__ = ("snapshot", "engines", "removed", "loads")
