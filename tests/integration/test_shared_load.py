@@ -71,11 +71,11 @@ async def deployment(request: pytest.FixtureRequest) -> AsyncIterator[Deployment
 
 
 def scraped(run: Running) -> set[EngineId]:
-    return {engine for engine, load in run.router.fleet.loads().items() if load.scraped_at}
+    return {engine for engine, load in run.router.index.loads().items() if load.scraped_at}
 
 
 def load(run: Running, engine: EngineId) -> Load:
-    return run.router.fleet.loads().get(engine, Load())
+    return run.router.index.loads().get(engine, Load())
 
 
 async def test_each_router_knows_what_the_other_has_in_flight_and_what_the_engine_says(deployment: Deployment) -> None:
@@ -90,7 +90,7 @@ async def test_each_router_knows_what_the_other_has_in_flight_and_what_the_engin
             await eventually(lambda: load(one, second).others == InFlight(0, 0, 1), "the first to know of the second")
     for run in (one, two):
         await eventually(
-            lambda run=run: {(v.running, v.others) for v in run.router.fleet.loads().values()} == {(0, InFlight())},  # type: ignore[misc]
+            lambda run=run: {(v.running, v.others) for v in run.router.index.loads().values()} == {(0, InFlight())},  # type: ignore[misc]
             "nothing to run any more",
         )
 
@@ -112,7 +112,9 @@ async def test_blocks_on_their_way_are_expected_by_every_router_and_estimated_fo
 
     async def match(estimate: bool) -> dict[EngineId, EngineMatch]:
         try:
-            return {m.engine: m for m in (await two.router.index.match("tiny", {profile: keys}, estimate)).matches}
+            return {
+                m.engine: m for m in (await two.router.index.match("tiny", {profile: keys}, estimate=estimate)).matches
+            }
         except LookupFailed:
             return {}
 
