@@ -149,6 +149,7 @@ async def test_engines_with_all_that_is_known(client: Client) -> None:
         "inexact_reason": "",
         "max_model_len": None,
         "kv_tokens": 65_536,
+        "labels": {},
         "blocks": {"gpu": 7, "cpu": 2},
     }
     assert (unknown["id"], unknown["blocks"], unknown["load"]["scraped_at"]) == ("10.0.0.1:8000/dp1", None, None)
