@@ -24,6 +24,7 @@ from kvatlas_router.core.choice import (
     by_turn,
     rendezvous,
 )
+from kvatlas_router.core.outliers import Trust
 
 
 def view(number: int, health: Health = Health.READY, block_size: int | None = 64) -> EngineView:
@@ -40,13 +41,14 @@ def holding(number: int, blocks: int, **also: object) -> Candidate:
 
 candidates = st.lists(
     st.builds(
-        lambda number, health, blocks, known, queued, used, suspect: Candidate(
+        lambda number, health, blocks, known, queued, used, trust, share: Candidate(
             view(number, health),
             EngineMatch(view(number).id, blocks, {Medium.GPU: blocks}, True) if blocks else None,
             known,
             queued_tokens=queued,
             last_used=used,
-            suspect=suspect,
+            trust=trust,
+            share=share,
         ),
         st.integers(1, 250),
         st.sampled_from(Health),
@@ -54,7 +56,8 @@ candidates = st.lists(
         st.booleans(),
         st.integers(0, 3000),
         st.integers(0, 5).map(float),
-        st.booleans(),
+        st.sampled_from(Trust),
+        st.sampled_from([0.1, 0.5, 1.0]),
     ),
     unique_by=lambda c: c.view.id,
     max_size=8,
@@ -74,14 +77,17 @@ def test_cost_picks_what_a_plain_search_picks(found: list[Candidate], tokens: in
         assert str(choice.reason) == "load:unknown-engines"
         return
 
-    def worth(c: Candidate) -> tuple[int, int, float, str]:
-        standing = 2 if c.suspect else 0 if c.view.health is Health.READY else 1
+    def cost(c: Candidate) -> int:
         cached = c.match.blocks * 64 if c.known and c.match else 0
-        return standing, max(0, tokens - cached) + c.queued_tokens, c.last_used, str(c.view.id)
+        return max(0, tokens - cached) + c.queued_tokens
+
+    def worth(c: Candidate) -> tuple[int, float, float, str]:
+        standing = 1 + c.trust if c.trust else 0 if c.view.health is Health.READY else 1
+        return standing, cost(c) / c.share, c.last_used, str(c.view.id)
 
     best = min(usable, key=worth)
     assert choice.engine == best.view
-    assert choice.cost == worth(best)[1]
+    assert choice.cost == cost(best)
 
 
 def test_a_longer_match_is_cheaper_and_the_prediction_is_its_tokens() -> None:
@@ -101,12 +107,25 @@ def test_a_tie_goes_to_the_least_recently_used() -> None:
     assert [t.engine.address[7] for t in choice.terms] == ["2", "3", "1"]
 
 
-def test_an_engine_that_just_failed_goes_last_and_one_that_is_down_not_at_all() -> None:
+def test_an_engine_that_failed_goes_last_and_one_that_is_down_not_at_all() -> None:
     choice = by_cost(
-        [holding(1, 9, suspect=True), Candidate(view(2, Health.UNKNOWN), known=True), Candidate(view(3, Health.DOWN))],
+        [
+            holding(4, 9, trust=Trust.EJECTED),
+            holding(1, 9, trust=Trust.SUSPECT),
+            Candidate(view(2, Health.UNKNOWN), known=True),
+            Candidate(view(3, Health.DOWN)),
+        ],
         600,
     )
-    assert [t.standing for t in choice.terms] == [Standing.UNKNOWN, Standing.SUSPECT]
+    assert [t.standing for t in choice.terms] == [Standing.UNKNOWN, Standing.SUSPECT, Standing.EJECTED]
+
+
+def test_an_engine_that_starts_slowly_gets_what_only_it_holds_and_little_else() -> None:
+    new = holding(1, 0, share=0.1, queued_tokens=0)
+    assert by_cost([new, holding(2, 0, queued_tokens=3000)], 400).engine.id.address == "10.0.0.2:8000"
+    assert by_cost([new, holding(2, 0, queued_tokens=4000)], 400).engine.id.address == "10.0.0.1:8000"
+    assert by_cost([holding(1, 6, share=0.1), holding(2, 0)], 400).engine.id.address == "10.0.0.1:8000"
+    assert by_load([new, holding(2, 0, in_flight=3)], 400, None).engine.id.address == "10.0.0.2:8000"
 
 
 def test_unknown_is_not_empty() -> None:

@@ -20,7 +20,9 @@ from kvatlas_router.core.body import Body
 from kvatlas_router.core.choice import NoEngine, Policy
 from kvatlas_router.core.homes import ResponseHomes
 from kvatlas_router.core.ledger import Ledger
+from kvatlas_router.core.outliers import Outliers
 from kvatlas_router.core.prompt import Keys, NoTokens, Prompt, Where
+from kvatlas_router.core.slow_start import SlowStart
 
 PROFILE = "sha256_cbor/b64/tagged/seed=42"
 A, B = EngineId("a:1"), EngineId("b:1")
@@ -63,6 +65,8 @@ def decider(given: Given, *views: EngineView, policy: Policy = Policy.PRECISE) -
         tokens=given,
         index=given,
         ledger=Ledger(),
+        outliers=Outliers(),
+        slow_start=SlowStart(0),
         homes=ResponseHomes(),
         policy=policy,
         chance=iter([0.9, 0.1] * 10).__next__,

@@ -16,7 +16,7 @@ A, B = EngineId("a:1"), EngineId("b:1")
 def test_the_books_balance(steps: list[tuple[EngineId, int, str]]) -> None:
     """n: still queued; s: started; c: closed; e: started, closed and closed again."""
     ledger = Ledger()
-    queued, flying = {A: 0, B: 0}, {A: 0, B: 0}
+    queued, flying, unanswered = {A: 0, B: 0}, {A: 0, B: 0}, {A: 0, B: 0}
     for engine, tokens, fate in steps:
         ticket = ledger.enter(engine, tokens, 1.0)
         if fate in "se":
@@ -27,8 +27,10 @@ def test_the_books_balance(steps: list[tuple[EngineId, int, str]]) -> None:
             ticket.close()
         queued[engine] += tokens if fate == "n" else 0
         flying[engine] += fate in "ns"
+        unanswered[engine] += fate == "n"
     assert {e: ledger.queued_tokens(e) for e in (A, B)} == queued
     assert {e: ledger.in_flight(e) for e in (A, B)} == flying
+    assert {e: ledger.unanswered(e) for e in (A, B)} == unanswered
 
 
 def test_an_error_takes_the_request_off_the_books() -> None:
@@ -42,14 +44,6 @@ def test_an_error_takes_the_request_off_the_books() -> None:
     with pytest.raises(RuntimeError):
         fail()
     assert (ledger.queued_tokens(A), ledger.in_flight(A), ledger.last_used(A)) == (0, 0, 1.0)
-
-
-def test_a_suspect_is_trusted_again_after_a_while() -> None:
-    ledger = Ledger()
-    ledger.suspect(A, until=10.0)
-    assert ledger.is_suspect(A, 9.9)
-    assert not ledger.is_suspect(A, 10.0)
-    assert not ledger.is_suspect(B, 0.0)
 
 
 def test_engines_that_left_are_forgotten_when_nothing_is_in_flight_there() -> None:

@@ -34,7 +34,9 @@ from kvatlas_router.core.choice import (
 )
 from kvatlas_router.core.homes import ResponseHomes
 from kvatlas_router.core.ledger import Ledger
+from kvatlas_router.core.outliers import Outliers
 from kvatlas_router.core.prompt import Keys, NoTokens, Prompt
+from kvatlas_router.core.slow_start import SlowStart
 
 BYTES_PER_TOKEN = 4  # of a body that was not tokenised: good enough to weigh it
 
@@ -135,6 +137,8 @@ class Decider:
     tokens: Tokens
     index: Index
     ledger: Ledger
+    outliers: Outliers
+    slow_start: SlowStart
     homes: ResponseHomes
     policy: Policy
     chance: Callable[[], float]
@@ -145,7 +149,7 @@ class Decider:
     async def decide(self, asked: Asked) -> Decision:
         """Raises `UnknownModel` and `NoEngine`."""
         fleet = self.fleet()
-        model, views = _serving(fleet, asked)
+        model, views = serving(fleet, asked)
         learnt = Learnt()
         if self.policy is not Policy.PRECISE or asked.lookup is Lookup.NONE:
             choice = self._without_lookup(self._candidates(views), asked.estimated_tokens)
@@ -211,7 +215,8 @@ class Decider:
                 queued_tokens=self.ledger.queued_tokens(view.id),
                 in_flight=self.ledger.in_flight(view.id),
                 last_used=self.ledger.last_used(view.id),
-                suspect=self.ledger.is_suspect(view.id, now),
+                trust=self.outliers.trust(view.id, now),
+                share=self.slow_start.share(view.id, now),
             )
             for view in views
         ]
@@ -228,8 +233,8 @@ def _place(error: BaseException) -> str:
     return f"{type(error).__name__} at {where}"
 
 
-def _serving(fleet: Fleet, asked: Asked) -> tuple[str, tuple[EngineView, ...]]:
-    """The model a request is for, and the engines that may serve it."""
+def serving(fleet: Fleet, asked: Asked) -> tuple[str, tuple[EngineView, ...]]:
+    """The model a request is for, and the engines that may serve it. Raises `UnknownModel` and `NoEngine`."""
     up = tuple(v for v in fleet.engines.values() if v.health is not Health.DOWN)
     model = asked.body.model or _only_model(fleet)
     views = up if asked.lookup is Lookup.SESSION else fleet.serving(model)

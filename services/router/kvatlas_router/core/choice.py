@@ -17,6 +17,7 @@ from enum import IntEnum, StrEnum
 from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId
+from kvatlas_router.core.outliers import Trust
 
 OVERLOAD = 1.25
 OVERLOAD_SLACK = 4  # requests: too few to be a load
@@ -47,6 +48,7 @@ class Standing(IntEnum):
     READY = 0
     UNKNOWN = 1
     SUSPECT = 2  # it has just failed a request of ours
+    EJECTED = 3  # it has failed too many
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,13 @@ class Candidate:
     queued_tokens: int = 0
     in_flight: int = 0
     last_used: float = float("-inf")
-    suspect: bool = False
+    trust: Trust = Trust.FULL
+    share: float = 1.0  # what it takes of its part of the load; an engine that starts slowly takes less
 
     @property
     def standing(self) -> Standing:
-        if self.suspect:
-            return Standing.SUSPECT
+        if self.trust is not Trust.FULL:
+            return Standing.EJECTED if self.trust is Trust.EJECTED else Standing.SUSPECT
         return Standing.READY if self.view.health is Health.READY else Standing.UNKNOWN
 
 
@@ -131,7 +134,10 @@ def by_cost(candidates: Sequence[Candidate], prompt_tokens: int) -> Choice:
     if not any(c.known for c in candidates):
         return by_load(candidates, prompt_tokens, "unknown-engines")
     return _ordered(
-        candidates, prompt_tokens, Reason(Strategy.PRECISE), lambda c, cost: (cost, c.last_used, str(c.view.id))
+        candidates,
+        prompt_tokens,
+        Reason(Strategy.PRECISE),
+        lambda c, cost: (cost / c.share, c.last_used, str(c.view.id)),
     )
 
 
@@ -160,7 +166,7 @@ def by_load(candidates: Sequence[Candidate], prompt_tokens: int, cause: str | No
         candidates,
         prompt_tokens,
         Reason(Strategy.LOAD, cause),
-        lambda c, _: (c.queued_tokens, c.in_flight, c.last_used, str(c.view.id)),
+        lambda c, _: (c.queued_tokens / c.share, (c.in_flight + 1) / c.share, c.last_used, str(c.view.id)),
     )
 
 

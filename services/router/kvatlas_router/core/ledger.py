@@ -18,8 +18,8 @@ from kvatlas_common.words import EngineId
 class _Account:
     queued_tokens: int = 0
     in_flight: int = 0
+    unanswered: int = 0
     last_used: float = float("-inf")
-    suspect_until: float = float("-inf")
 
 
 class Ledger:
@@ -32,12 +32,9 @@ class Ledger:
         account = self._accounts.setdefault(engine, _Account())
         account.queued_tokens += tokens
         account.in_flight += 1
+        account.unanswered += 1
         account.last_used = now
         return Ticket(account, tokens)
-
-    def suspect(self, engine: EngineId, until: float) -> None:
-        """It has failed a request: other engines go first until then."""
-        self._accounts.setdefault(engine, _Account()).suspect_until = until
 
     def queued_tokens(self, engine: EngineId) -> int:
         return self._accounts[engine].queued_tokens if engine in self._accounts else 0
@@ -45,11 +42,12 @@ class Ledger:
     def in_flight(self, engine: EngineId) -> int:
         return self._accounts[engine].in_flight if engine in self._accounts else 0
 
+    def unanswered(self, engine: EngineId) -> int:
+        """Requests in flight of whose answer nothing has come yet."""
+        return self._accounts[engine].unanswered if engine in self._accounts else 0
+
     def last_used(self, engine: EngineId) -> float:
         return self._accounts[engine].last_used if engine in self._accounts else float("-inf")
-
-    def is_suspect(self, engine: EngineId, now: float) -> bool:
-        return engine in self._accounts and now < self._accounts[engine].suspect_until
 
     def keep_only(self, engines: Collection[EngineId]) -> None:
         """Forget engines that left, unless requests are still in flight there."""
@@ -64,15 +62,19 @@ class Ledger:
 class Ticket:
     """One request at one engine."""
 
-    __slots__ = ("_account", "_open", "_tokens")
+    __slots__ = ("_account", "_open", "_started", "_tokens")
 
     def __init__(self, account: _Account, tokens: int) -> None:
         self._account = account
         self._tokens = tokens
         self._open = True
+        self._started = False
 
     def started(self) -> None:
         """The first byte came: its prompt is computed."""
+        if not self._started:
+            self._started = True
+            self._account.unanswered -= 1
         self._account.queued_tokens -= self._tokens
         self._tokens = 0
 
