@@ -16,6 +16,7 @@ from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.choice import Candidate, Choice, NoEngine, Standing, Strategy
+from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.plans import Plan
 from kvatlas_router.core.policies import PolicyName, Situation, policy
 from kvatlas_router.core.policies.by_hash import rendezvous
@@ -54,14 +55,15 @@ def numbers(choice: Choice) -> list[str]:
 
 candidates = st.lists(
     st.builds(
-        lambda number, health, blocks, known, queued, used, suspect: Candidate(
+        lambda number, health, blocks, known, queued, used, trust, share: Candidate(
             view(number, health),
             EngineMatch(view(number).id, blocks, {Medium.GPU: blocks}, True) if blocks and known else None,
             known,
             64,
             queued_tokens=queued,
             last_used=used,
-            suspect=suspect,
+            trust=trust,
+            share=share,
         ),
         st.integers(1, 250),
         st.sampled_from(Health),
@@ -69,7 +71,8 @@ candidates = st.lists(
         st.booleans(),
         st.integers(0, 3000),
         st.integers(0, 5).map(float),
-        st.booleans(),
+        st.sampled_from(Trust),
+        st.sampled_from([0.1, 0.5, 1.0]),
     ),
     unique_by=lambda c: c.view.id,
     max_size=8,
@@ -89,7 +92,8 @@ def test_cost_picks_what_a_plain_search_picks(found: list[Candidate], tokens: in
         return
     choice = choose(PolicyName.PRECISE, found, tokens)
     assert {t.engine for t in choice.terms} == {c.view.id for c in usable}
-    worth = {t.engine: (t.standing, round(t.cost.total_ms)) for t in choice.terms}
+    share = {c.view.id: c.share for c in found}
+    worth = {t.engine: (t.standing, round(t.cost.total_ms / share[t.engine])) for t in choice.terms}
     used = {c.view.id: c.last_used for c in found}
     assert choice.engine.id == min(worth, key=lambda e: (*worth[e], used[e], [c.view.id for c in found].index(e)))
 
@@ -146,13 +150,23 @@ def test_a_tie_goes_to_the_least_recently_used() -> None:
     assert numbers(choose(PolicyName.PRECISE, fleet)) == ["2", "3", "1"]
 
 
-def test_an_engine_that_just_failed_goes_last_and_one_that_is_down_not_at_all() -> None:
+def test_an_engine_that_failed_goes_last_and_one_that_is_down_not_at_all() -> None:
     fleet = [
-        holding(1, 9, suspect=True),
+        holding(4, 9, trust=Trust.EJECTED),
+        holding(1, 9, trust=Trust.SUSPECT),
         Candidate(view(2, Health.UNKNOWN), known=True),
         Candidate(view(3, Health.DOWN)),
     ]
-    assert [t.standing for t in choose(PolicyName.PRECISE, fleet).terms] == [Standing.UNKNOWN, Standing.SUSPECT]
+    standings = [t.standing for t in choose(PolicyName.PRECISE, fleet).terms]
+    assert standings == [Standing.UNKNOWN, Standing.SUSPECT, Standing.EJECTED]
+
+
+def test_an_engine_that_starts_slowly_gets_what_only_it_holds_and_little_else() -> None:
+    new = holding(1, share=0.1)
+    assert choose(PolicyName.PRECISE, [new, holding(2, queued_tokens=3000)]).engine == view(2)
+    assert choose(PolicyName.PRECISE, [new, holding(2, queued_tokens=9000)]).engine == view(1)
+    assert choose(PolicyName.PRECISE, [holding(1, 90, share=0.1), holding(2)], 6000).engine == view(1)
+    assert choose(PolicyName.LEAST_LOAD, [new, holding(2, decoding=3)]).engine == view(2)
 
 
 def test_unknown_is_not_empty() -> None:

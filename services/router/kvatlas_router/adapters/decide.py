@@ -144,7 +144,7 @@ class Decider:
     async def decide(self, asked: Asked) -> Decision:
         """Raises `UnknownModel` and `NoEngine`."""
         fleet = self.fleet()
-        model, views = _serving(fleet, asked)
+        model, views = serving(fleet, asked)
         plan = self.plans.of(model)
         views = _labelled(views, (*plan.labels, *asked.labels), model)
         inquiry = _Inquiry(self, asked, model, views, self._ask(asked, model))
@@ -204,7 +204,6 @@ class _Inquiry:
                 answer=answer,
                 now=now,
                 cause=self._cause,
-                suspects=decider.chooser.books.suspects(now),
             )
 
     async def _look_up(self, *, estimate: bool) -> MatchAnswer | None:
@@ -267,8 +266,8 @@ def _place(error: BaseException) -> str:
     return f"{type(error).__name__} at {where}"
 
 
-def _serving(fleet: Fleet, asked: Asked) -> tuple[str, tuple[EngineView, ...]]:
-    """The model a request is for, and the engines that may serve it."""
+def serving(fleet: Fleet, asked: Asked) -> tuple[str, tuple[EngineView, ...]]:
+    """The model a request is for, and the engines that may serve it. Raises `UnknownModel` and `NoEngine`."""
     up = tuple(v for v in fleet.engines.values() if v.health is not Health.DOWN)
     model = asked.body.model or _only_model(fleet)
     views = up if asked.lookup is Lookup.SESSION else fleet.serving(model)

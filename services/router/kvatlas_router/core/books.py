@@ -49,7 +49,6 @@ class Account:
     decoding: int = 0
     last_used: float = NEVER
     head_since: float | None = None  # None: not known
-    suspect_until: float = NEVER
 
     def leave(self, ticket: Ticket, now: float | None) -> None:
         """It is pending no more; the next one is the oldest from `now` on, if that is known."""
@@ -105,13 +104,6 @@ class Books:
             late_s=late_s,
             last_used=account.last_used,
         )
-
-    def suspect(self, engine: EngineId, until: float) -> None:
-        """It has failed a request: other engines go first until then."""
-        self._accounts.setdefault(engine, Account()).suspect_until = until
-
-    def suspects(self, now: float) -> frozenset[EngineId]:
-        return frozenset(e for e, a in self._accounts.items() if now < a.suspect_until)
 
     def keep_only(self, engines: Collection[EngineId]) -> None:
         """Forget engines that left, unless requests are still in flight there."""

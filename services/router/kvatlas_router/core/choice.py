@@ -15,6 +15,7 @@ from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_router.core.cost import WEIGHTS, Ahead, Cost, Weights, cost_of
+from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.rates import PRIOR, Speed
 
 
@@ -40,7 +41,8 @@ class Standing(IntEnum):
 
     READY = 0
     UNKNOWN = 1
-    SUSPECT = 2  # it has failed requests of ours
+    SUSPECT = 2  # it has just failed a request of ours
+    EJECTED = 3  # it has failed too many
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,8 @@ class Candidate(NamedTuple):
     `known`: the index (or the history) can speak of it; then no `match` means it holds nothing. `block_size`: tokens in
     a block of `match`. `expected_blocks`: what it would hold once all that was sent there is computed. `pending`
     requests have no first token yet, `queued_tokens` are what their prompts have still to compute; `late_s`, how much
-    longer than expected the oldest takes. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: not known. `caution`: 1, or more
-    for an engine that is to be loaded slowly.
+    longer than expected the oldest takes. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: not known. `share`: what it takes
+    of its part of the load; an engine that starts slowly takes less than 1.
 
     A tuple, as `Term` is, because a choice makes one of each per engine.
     """
@@ -79,8 +81,8 @@ class Candidate(NamedTuple):
     kv_usage: float = 0.0
     kv_tokens: int = 0
     speed: Speed = PRIOR
-    caution: float = 1.0
-    suspect: bool = False
+    share: float = 1.0
+    trust: Trust = Trust.FULL
 
     @property
     def in_flight(self) -> int:
@@ -88,8 +90,8 @@ class Candidate(NamedTuple):
 
     @property
     def standing(self) -> Standing:
-        if self.suspect:
-            return Standing.SUSPECT
+        if self.trust is not Trust.FULL:
+            return Standing.EJECTED if self.trust is Trust.EJECTED else Standing.SUSPECT
         return Standing.READY if self.view.health is Health.READY else Standing.UNKNOWN
 
 

@@ -3,7 +3,7 @@
 `choose` weighs the engines as they stand; `send` enters the request at the engine it goes to; what its `Ticket` is told
 until it is closed feeds the books (what is in flight where), the rates (how fast each engine is) and the history of the
 last moments (what each engine will hold once it has computed what it was sent, so that requests that share a prefix
-nobody holds yet land together).
+nobody holds yet land together). How engines fail and come back is told to `outliers` and `slow_start` by who forwards.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Books, Ticket
 from kvatlas_router.core.choice import Candidate, Choice, Term
 from kvatlas_router.core.foreign import ForeignTraffic
+from kvatlas_router.core.outliers import Outliers
 from kvatlas_router.core.policies import Needs, Policy, Situation
 from kvatlas_router.core.prompt import ESTIMATE
 from kvatlas_router.core.rates import Rates, Served
+from kvatlas_router.core.slow_start import SlowStart
 
 BURST_S = 10.0
 """How long a prompt counts as held after it was sent, or its first token came, if no event says so."""
@@ -31,9 +33,13 @@ NO_LOAD = Load()
 class Chooser:
     """`chance` draws from [0, 1). Times are seconds of one monotonic clock, given by the caller."""
 
-    def __init__(self, chance: Callable[[], float], rates: Rates | None = None) -> None:
+    def __init__(
+        self, chance: Callable[[], float], *, outliers: Outliers | None = None, slow_start: SlowStart | None = None
+    ) -> None:
         self.books = Books()
-        self.rates = rates or Rates()
+        self.rates = Rates()
+        self.outliers = outliers or Outliers()
+        self._slow_start = slow_start or SlowStart(0.0)
         self._chance = chance
         self._foreign = ForeignTraffic()
         self._lately = RoutingHistory(lifetime_s=BURST_S, blocks_max=BURST_BLOCKS_MAX)
@@ -49,8 +55,6 @@ class Chooser:
         answer: MatchAnswer | None,
         now: float,
         cause: str | None = None,
-        suspects: Collection[EngineId] = (),
-        caution: Mapping[EngineId, float] | None = None,
     ) -> Choice | None:
         """None: the policy has no answer. `answer`: None where the policy needs none. Raises `NoEngine`."""
         lately = self._expected(ask, now) if answer is not None else {}
@@ -66,8 +70,6 @@ class Chooser:
                 known=answer is not None and (view.id in matches if guessed else _is_known(view, ask, unknown)),
                 block_size=_block_size(view, ask),
                 lately=lately.get(view.id, 0),
-                suspect=view.id in suspects,
-                caution=caution.get(view.id, 1.0) if caution else 1.0,
             )
             for view in views
         ]
@@ -127,8 +129,6 @@ class Chooser:
         known: bool,
         block_size: int,
         lately: int,
-        suspect: bool,
-        caution: float,
     ) -> Candidate:
         speed = self.rates.of(view.id)
         ours, others = self.books.of(view.id, now, speed.token_s), load.others
@@ -148,8 +148,8 @@ class Chooser:
             load.kv_usage,
             view.kv_tokens or 0,
             speed,
-            caution,
-            suspect,
+            self._slow_start.share(view.id, now),
+            self.outliers.trust(view.id, now),
         )
 
     def _expected(self, ask: Ask, now: float) -> Mapping[EngineId, int]:
