@@ -21,6 +21,7 @@ from kvatlas_common.engines.probe import EngineFacts, Prober
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.fleet import Load
 from kvatlas_common.logs import LimitedLog
+from kvatlas_common.tracing import Tracing, trace_logs
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.adapters.front import Front
 from kvatlas_indexer.adapters.grpc_server import GrpcServer
@@ -38,6 +39,7 @@ from kvatlas_indexer.adapters.reports import Listener
 from kvatlas_indexer.adapters.rest import build_app
 from kvatlas_indexer.adapters.shard import Hands, Shard
 from kvatlas_indexer.adapters.shared_index import SharedIndex
+from kvatlas_indexer.adapters.traced import TracedCalls, TracedLookups, TracedStore
 from kvatlas_indexer.adapters.zmq_sockets import new_context
 from kvatlas_indexer.adapters.zmq_source import Origin, ZmqSource, ZmqSourceOptions
 from kvatlas_indexer.core.accuracy import Accuracy
@@ -60,11 +62,17 @@ FINDINGS_LOG_INTERVAL_S = 30.0
 STORE_RETRY_S = 1.0
 
 
+SERVICE = "kvatlas-indexer"
+
+
 class Indexer:
     """One shard. `start` binds everything or raises `AddressUnavailable`; `stop` drains and closes."""
 
-    def __init__(self, settings: IndexerSettings, *, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, settings: IndexerSettings, *, environ: Mapping[str, str], tracing: Tracing | None = None
+    ) -> None:
         self.settings = settings
+        self._tracing = tracing
         self.routing = Routing(estimate_ttl_s=settings.estimate_ttl_s)
         self.board = LoadBoard(self.routing.in_flight)
         self.index = KvIndex(_rules(settings), on_finding=self._find, on_emptied=self.routing.forget)
@@ -75,7 +83,9 @@ class Indexer:
         self.grpc_address = ""
         self.rest_address = ""
         self._environ = environ
-        self._front = Front(LocalIndex(self.index), self.routing, self.board, time.monotonic)
+        local = LocalIndex(self.index)
+        lookups = TracedLookups(local, tracing.tracer) if tracing else local
+        self._front = Front(lookups, self.routing, self.board, time.monotonic)
         self._listener = Listener(
             accuracy=self.accuracy,
             healing=self.healing,
@@ -109,6 +119,9 @@ class Indexer:
 
     async def _start(self) -> None:
         settings, context = self.settings, new_context()
+        if self._tracing is not None:
+            trace_logs()
+            self._stack.push_async_callback(self._tracing.close)
         self._stack.callback(context.term)
         options = ZmqSourceOptions(settings.topic_prefix, message_bytes_max=settings.message_bytes_max)
         self._source = ZmqSource(context, self._on_message, options, self._on_connection)
@@ -137,7 +150,9 @@ class Indexer:
         store = RedisStore(client, block_ttl_s=settings.block_ttl_s)
         publisher = self._publisher = Publisher(self.index, store, clock=time.monotonic)
         name = settings.shard or f"{socket.gethostname()}:{os.getpid()}"
-        shared = SharedIndex(store, on_change=self._front.wake, on_emptied=self.routing.forget)
+        tracing = self._tracing
+        read = TracedStore(store, tracing.tracer) if tracing else store
+        shared = SharedIndex(read, on_change=self._front.wake, on_emptied=self.routing.forget)
         self._front.lookups = shared
         shard = self._shard = Shard(
             name=name,
@@ -157,7 +172,8 @@ class Indexer:
 
     async def _serve(self) -> None:
         settings = self.settings
-        grpc = GrpcServer(self._front, self._listener)
+        interceptors = (TracedCalls(self._tracing.tracer),) if self._tracing else ()
+        grpc = GrpcServer(self._front, self._listener, interceptors=interceptors)
         host, port = _split(settings.grpc_listen)
         self.grpc_address = f"{host}:{await grpc.start(host, port)}"
         self._stack.push_async_callback(grpc.stop, settings.drain_s)

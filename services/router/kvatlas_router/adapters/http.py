@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from kvatlas_common.fleet import EngineView, Fleet, Health
 from kvatlas_common.observations import Observation, Outcome
@@ -29,9 +30,9 @@ from kvatlas_router.adapters.asgi import (
 )
 from kvatlas_router.adapters.decide import Asked, Decider, Decision, Lookup, UnknownModel
 from kvatlas_router.adapters.exchange import Exchange
-from kvatlas_router.adapters.forward import Forwarder, Job
-from kvatlas_router.adapters.gate import Gate
+from kvatlas_router.adapters.forward import Forwarded, Job
 from kvatlas_router.adapters.metrics import Metrics
+from kvatlas_router.core.admission import Place
 from kvatlas_router.core.body import Body, InvalidBody
 from kvatlas_router.core.choice import NoEngine
 from kvatlas_router.core.homes import ResponseHomes
@@ -58,6 +59,7 @@ ROUTES = {
 }
 STREAMED_USAGE = frozenset({"/v1/chat/completions", "/v1/completions"})
 STORED_RESPONSE = "/v1/responses/"
+MODELS = "/v1/models"
 OVERLOADED_RETRY_S = 1
 NO_ENGINE_RETRY_S = 5
 
@@ -77,6 +79,20 @@ class HttpRules:
     allow_reannouncing: bool = False
 
 
+class Gates(Protocol):
+    async def enter(self, asked: Asked, receive: Receive) -> Place:
+        """As `Gate.enter`."""
+        ...
+
+    def release(self, place: Place) -> None: ...
+
+
+class Forwards(Protocol):
+    async def forward(self, job: Job, send: Send, told: Forwarded) -> None:
+        """As `Forwarder.forward`."""
+        ...
+
+
 class PublicApi:
     """The ASGI application. `draining` makes `/readyz` fail while requests are still served."""
 
@@ -86,8 +102,8 @@ class PublicApi:
         rules: HttpRules,
         fleet: Callable[[], Fleet],
         decider: Decider,
-        gate: Gate,
-        forwarder: Forwarder,
+        gate: Gates,
+        forwarder: Forwards,
         homes: ResponseHomes,
         metrics: Metrics,
         observe: Callable[[Observation], None],
@@ -132,7 +148,7 @@ class PublicApi:
             await self._reply(request, send, status, json.dumps({"status": why}).encode())
         else:
             self._authorise(request)
-            if path == "/v1/models":
+            if path == MODELS:
                 _require(request, "GET")
                 await self._reply(request, send, 200, models_page(self._fleet(), self._started_at))
             elif lookup := self._route(request):
@@ -141,14 +157,13 @@ class PublicApi:
                 raise HttpError(404, "not_found", f"this router serves no {request.method} {path[:200]}")
 
     def _route(self, request: Request) -> Lookup | None:
+        request.route = route_of(request.path)
         lookup = ROUTES.get(request.path)
         if lookup is not None:
             _require(request, "POST")
-            request.route = request.path
             return lookup
-        if request.path.startswith(STORED_RESPONSE):
+        if request.route:
             _require(request, "POST" if request.path.endswith("/cancel") else "GET")
-            request.route = STORED_RESPONSE + "{id}"
             return Lookup.SESSION
         return None
 
@@ -269,6 +284,13 @@ class PublicApi:
 
     async def _reply(self, request: Request, send: Send, status: int, body: bytes, headers: Headers = ()) -> None:
         await reply(send, status, body, (*headers, (b"x-request-id", request.id.encode())))
+
+
+def route_of(path: str) -> str:
+    """The path without ids, for figures and spans: one of few. Empty for a path that is not served."""
+    if path.startswith(STORED_RESPONSE):
+        return STORED_RESPONSE + "{id}"
+    return path if path in ROUTES or path == MODELS else ""
 
 
 def models_page(fleet: Fleet, created: int) -> bytes:

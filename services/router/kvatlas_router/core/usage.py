@@ -27,6 +27,7 @@ class Usage:
 
     cached_tokens: int | None = None
     completion_tokens: int | None = None
+    prompt_tokens: int | None = None
 
 
 NO_USAGE = Usage()
@@ -94,4 +95,5 @@ def _usage(fields: Mapping[str, Any]) -> Usage:
         if isinstance(details, Mapping):
             cached = details.get("cached_tokens", cached)
     completion = fields.get("completion_tokens", fields.get("output_tokens"))
-    return Usage(cached if isinstance(cached, int) else None, completion if isinstance(completion, int) else None)
+    prompt = fields.get("prompt_tokens", fields.get("input_tokens"))
+    return Usage(*(count if isinstance(count, int) else None for count in (cached, completion, prompt)))
