@@ -16,6 +16,7 @@ from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.choice import Candidate, Choice, NoEngine, Standing, Strategy
+from kvatlas_router.core.cost import Ahead
 from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.plans import Plan
 from kvatlas_router.core.policies import PolicyName, Situation, policy
@@ -30,7 +31,14 @@ def view(number: int, health: Health = Health.READY) -> EngineView:
 
 def holding(number: int, blocks: int = 0, **also: object) -> Candidate:
     match = EngineMatch(view(number).id, blocks, {Medium.GPU: blocks}, True) if blocks else None
-    return Candidate(view(number), match, True, 64)._replace(**also)  # type: ignore[arg-type]
+    return with_(Candidate(view(number), match, True, 64), **also)
+
+
+def with_(candidate: Candidate, **also: object) -> Candidate:
+    """Fields of the candidate, or of what is ahead there."""
+    ahead = candidate.ahead._replace(**{n: v for n, v in also.items() if n in Ahead._fields})  # type: ignore[arg-type]
+    own = {n: v for n, v in also.items() if n in Candidate._fields}
+    return candidate._replace(ahead=ahead, **own)  # type: ignore[arg-type]
 
 
 def choose(
@@ -60,7 +68,7 @@ candidates = st.lists(
             EngineMatch(view(number).id, blocks, {Medium.GPU: blocks}, True) if blocks and known else None,
             known,
             64,
-            queued_tokens=queued,
+            ahead=Ahead(queued),
             last_used=used,
             trust=trust,
             share=share,
@@ -122,7 +130,7 @@ def test_an_engine_with_the_prefix_loses_exactly_when_another_is_faster() -> Non
 def test_a_hot_prefix_spreads_when_its_engine_is_busy() -> None:
     idle, busy = holding(2), holding(1, 90, decoding=10)
     assert choose(PolicyName.PRECISE, [busy, idle], 6000).engine == busy.view
-    assert choose(PolicyName.PRECISE, [busy._replace(decoding=900), idle], 6000).engine == idle.view
+    assert choose(PolicyName.PRECISE, [with_(busy, decoding=900), idle], 6000).engine == idle.view
 
 
 def test_blocks_on_a_slower_medium_cost_their_transfer() -> None:
@@ -212,7 +220,7 @@ def test_what_everybody_shares_does_not_bury_an_engine(name: PolicyName) -> None
     """Each of 100 simultaneous requests of one session goes where the rule says; none gets more than its share."""
     loads = dict.fromkeys(range(1, 5), 0)
     for _ in range(100):
-        fleet = [Candidate(view(n), decoding=loads[n]) for n in loads]
+        fleet = [with_(Candidate(view(n)), decoding=loads[n]) for n in loads]
         loads[int(numbers(choose(name, fleet, session=b"the same", prefix=b"the same"))[0])] += 1
     assert max(loads.values()) <= 1.25 * 25 + 5
 
@@ -227,22 +235,22 @@ def test_hashing_goes_by_how_the_prompt_begins_and_sessions_by_their_name() -> N
 
 
 def test_what_keeps_the_response_goes_first_whatever_its_load() -> None:
-    fleet = [Candidate(view(n), decoding=1000 if n == 3 else 0) for n in range(1, 5)]
+    fleet = [with_(Candidate(view(n)), decoding=1000 if n == 3 else 0) for n in range(1, 5)]
     choice = choose(PolicyName.SESSION, fleet, session=b"s", home=view(3).id)
     assert (choice.engine, choice.reason.strategy) == (view(3), Strategy.AFFINITY)
 
 
 def test_load_takes_the_fewest_requests_then_the_least_queued() -> None:
     fleet = [
-        Candidate(view(1), decoding=1, queued_tokens=10),
-        Candidate(view(2), pending=2),
-        Candidate(view(3), decoding=1),
+        with_(Candidate(view(1)), decoding=1, queued_tokens=10),
+        with_(Candidate(view(2)), pending=2),
+        with_(Candidate(view(3)), decoding=1),
     ]
     assert numbers(choose(PolicyName.LEAST_LOAD, fleet)) == ["3", "1", "2"]
 
 
 def test_of_two_at_random_the_less_loaded_and_never_the_worst_of_all() -> None:
-    fleet = [Candidate(view(n), decoding=n) for n in range(1, 6)]
+    fleet = [with_(Candidate(view(n)), decoding=n) for n in range(1, 6)]
     firsts = Counter(numbers(choose(PolicyName.POWER_OF_TWO, fleet))[0] for _ in range(500))
     assert firsts["5"] == 0
     assert firsts["1"] > firsts["2"] > firsts["3"] > firsts["4"] > 0

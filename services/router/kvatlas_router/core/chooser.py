@@ -17,7 +17,8 @@ from kvatlas_common.words import EngineId
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Books, Ticket
 from kvatlas_router.core.choice import Candidate, Choice, Term
-from kvatlas_router.core.foreign import ForeignTraffic
+from kvatlas_router.core.cost import Ahead
+from kvatlas_router.core.foreign import NOBODY, ForeignTraffic
 from kvatlas_router.core.outliers import Outliers
 from kvatlas_router.core.policies import Needs, Policy, Situation
 from kvatlas_router.core.prompt import ESTIMATE
@@ -94,9 +95,9 @@ class Chooser:
                 Served(
                     engine,
                     first_token_s=ticket.first_token_s,
-                    ahead=term.queued_tokens,
+                    ahead=term.ahead.queued_tokens,
                     computed=computed,
-                    decoding=term.decoding,
+                    decoding=term.ahead.decoding,
                     completion_tokens=ticket.completion_tokens,
                     decode_total_s=ticket.ended_at - ticket.sent_at - ticket.first_token_s,
                     decoding_at_end=self.books.of(engine, ticket.ended_at).decoding,
@@ -133,20 +134,19 @@ class Chooser:
         speed = self.rates.of(view.id)
         ours, others = self.books.of(view.id, now, speed.token_s), load.others
         pending, decoding = ours.pending + others.prefilling, ours.decoding + others.decoding
+        queued = ours.queued_tokens + others.prefill_tokens
         foreign = self._foreign.at(view.id, load, pending + decoding)
+        if foreign is not NOBODY:
+            pending, decoding = pending + foreign.waiting, decoding + foreign.running
+            queued += int(foreign.waiting * self._prompt_tokens)
         return Candidate(
             view,
             match,
             known,
             block_size,
-            max(match.expected if match else 0, lately),
-            ours.queued_tokens + others.prefill_tokens + int(foreign.waiting * self._prompt_tokens),
-            pending + foreign.waiting,
-            decoding + foreign.running,
-            ours.late_s,
+            match.expected if match is not None and match.expected > lately else lately,
+            Ahead(queued, pending, decoding, ours.late_s, load.kv_usage, view.kv_tokens or 0),
             ours.last_used,
-            load.kv_usage,
-            view.kv_tokens or 0,
             speed,
             self._slow_start.share(view.id, now),
             self.outliers.trust(view.id, now),
@@ -161,7 +161,7 @@ class Chooser:
 
 def _is_known(view: EngineView, ask: Ask, unknown: Collection[EngineId]) -> bool:
     """Whether the answer speaks of the engine: it was asked about with the engine's own profile, and is not unknown."""
-    return view.known_empty or (view.profile in ask.keys and view.id not in unknown)
+    return view.id not in unknown if view.profile in ask.keys else view.known_empty
 
 
 def _profile(view: EngineView, ask: Ask) -> str:
