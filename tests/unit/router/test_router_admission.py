@@ -186,9 +186,9 @@ def test_whatever_happens(steps: list[tuple[str, str, int]], at_a: int, at_b: in
             else:
                 assert len(waiting[model]) == 3
         elif what == "sent" and admitted:
-            model, place = admitted.pop(which % len(admitted))
+            wanted, place = admitted.pop(which % len(admitted))
             place.release()
-            running.append(max(SERVING[model], key=free))
+            running.append(max(SERVING[wanted], key=free))
         elif what == "ended" and running:
             running.pop(which % len(running))
         elif what in ("leave", "late") and waiting[model]:
@@ -203,5 +203,4 @@ def test_whatever_happens(steps: list[tuple[str, str, int]], at_a: int, at_b: in
             admitted.append((called.model, called.place))
         assert len(admitted) + len(running) <= at_a + at_b
         assert fleet.admission.waiters() == [w for ws in (waiting[m] for m in fleet.admission._queues) for w in ws]
-        assert sum(m == "a" for m, _ in admitted) + running.count(A) <= at_a + at_b
     assert fleet.admission.waiting == sum(map(len, waiting.values()))
