@@ -242,7 +242,7 @@ async def hand_back(cluster: list[Valkey], client: RedisClient, slot: int, home:
 
 async def test_sentinel_names_another_master(tmp_path: Path) -> None:
     """The master dies; what it had is on its replica, and the store goes on there by itself."""
-    with Valkey(tmp_path / "a") as first, Valkey(tmp_path / "b", "--replicaof", f"127.0.0.1 {first.port}") as second:
+    with Valkey(tmp_path / "a") as first, Valkey(tmp_path / "b", "--replicaof", "127.0.0.1", str(first.port)) as second:
         config = tmp_path / "s" / "sentinel.conf"
         config.parent.mkdir()
         config.write_text(

@@ -6,7 +6,6 @@ Nothing here decides anything: objects are made once, in order, and handed to ea
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import random
@@ -30,9 +29,8 @@ from kvatlas_router.adapters.models import Tokenizers
 from kvatlas_router.adapters.results import Results
 from kvatlas_router.adapters.server import HttpServer
 from kvatlas_router.core.admission import Admission, AdmissionRules
-from kvatlas_router.core.choice import Policy
+from kvatlas_router.core.chooser import Chooser
 from kvatlas_router.core.homes import ResponseHomes
-from kvatlas_router.core.ledger import Ledger
 from kvatlas_router.core.outliers import OutlierRules, Outliers
 from kvatlas_router.core.pressure import Pressure, PressureRules
 from kvatlas_router.core.slow_start import SlowStart
@@ -49,13 +47,14 @@ class Router:
     def __init__(self, settings: RouterSettings, environ: Mapping[str, str]) -> None:
         self._settings = settings
         self._stack = AsyncExitStack()
-        name = f"{socket.gethostname()}:{os.getpid()}"
+        name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"  # a new life is another router
         rng = random.Random(settings.seed)
         metrics = self.metrics = Metrics()
-        ledger = self._ledger = Ledger()
-        homes = ResponseHomes()
         outliers, slow_start = Outliers(_outlier_rules(settings)), SlowStart(settings.slow_start_s)
+        chooser = self.chooser = Chooser(rng.random, outliers=outliers, slow_start=slow_start)
         results = Results(outliers, slow_start, metrics, time.monotonic)
+        plans = settings.plans()
+        homes = ResponseHomes()
         self.index = IndexClient(settings.indexers, name, settings.lookup_deadline_ms / 1000, metrics)
         self.fleet = FleetKeeper(
             self.index,
@@ -79,23 +78,19 @@ class Router:
             fleet=lambda: self.fleet.fleet,
             tokens=self.tokenizers,
             index=self.index,
-            ledger=ledger,
-            outliers=outliers,
-            slow_start=slow_start,
+            chooser=chooser,
             homes=homes,
-            policy=Policy(settings.policy),
-            chance=rng.random,
+            plans=plans,
             clock=time.monotonic,
-            turns=itertools.count(),
             problems=LimitedLog(log, DEFECTS_LOG_INTERVAL_S, time.monotonic),
         )
-        self._forwarder = Forwarder(_patience(settings), ledger, results, self.fleet.api_key)
+        self._forwarder = Forwarder(_patience(settings), chooser, results, self.fleet.api_key)
         gate = self._gate = Gate(
             Admission(AdmissionRules(settings.queue_max, settings.queue_deadline_s)),
             Pressure(_pressure_rules(settings)),
             fleet=lambda: self.fleet.fleet,
-            ledger=ledger,
-            outliers=outliers,
+            loads=self.index.loads,
+            chooser=chooser,
             metrics=metrics,
             clock=time.monotonic,
         )
@@ -116,12 +111,12 @@ class Router:
         self._public = HttpServer(self._api, settings.host, settings.port, settings.drain_s)
         self._admin = HttpServer(admin, settings.admin_host, settings.admin_port, drain_s=1)
         self.fleet.on_change += [
-            lambda fleet: ledger.keep_only(fleet.engines.keys()),
+            lambda fleet: chooser.keep_only(fleet.engines.keys()),
             results.fleet_changed,
             gate.fleet_changed,
             metrics.count_engines,
         ]
-        if settings.policy == "precise":
+        if plans.need_prompts:
             self.fleet.on_change.append(self.tokenizers.meet)
 
     @property
@@ -218,6 +213,8 @@ def _rules(settings: RouterSettings) -> HttpRules:
         in_flight_max=settings.in_flight_max,
         api_keys=tuple(k.get_secret_value() for k in settings.api_keys),
         session_header=settings.session_header.lower(),
+        session_cookie=settings.session_cookie,
+        labels_header=settings.labels_header.lower(),
         request_usage=settings.request_usage,
         allow_reannouncing=settings.allow_kv_cache_report_mode,
     )

@@ -24,8 +24,10 @@ from kvatlas_common.fleet import EngineView
 from kvatlas_common.observations import Outcome
 from kvatlas_router.adapters.asgi import Headers, HttpError, Request, Send
 from kvatlas_router.adapters.results import Results, Watch
+from kvatlas_router.core.ask import Ask
+from kvatlas_router.core.books import Ticket
 from kvatlas_router.core.choice import Choice, Term
-from kvatlas_router.core.ledger import Ledger, Ticket
+from kvatlas_router.core.chooser import Chooser
 from kvatlas_router.core.outliers import Fault, fault_of
 from kvatlas_router.core.sse import UsageChunkFilter, cut_event, ended
 from kvatlas_router.core.usage import NO_USAGE, Tail, Usage, read_usage, response_id
@@ -80,6 +82,7 @@ class Job:
 
     request: Request
     body: bytes
+    ask: Ask
     choice: Choice
     response_headers: Callable[[Term], Headers]
     listener: Listener
@@ -103,12 +106,12 @@ class Forwarder:
     def __init__(
         self,
         patience: Patience,
-        ledger: Ledger,
+        chooser: Chooser,
         results: Results,
         api_key: Callable[[EngineView], SecretStr | None],
     ) -> None:
         self._patience = patience
-        self._ledger = ledger
+        self._chooser = chooser
         self._results = results
         self._api_key = api_key
         self._session: aiohttp.ClientSession | None = None
@@ -143,7 +146,7 @@ class Forwarder:
             told.term = term
             told.attempts += 1
             sent_at = time.monotonic()
-            entered = self._ledger.enter(term.engine, term.to_compute, sent_at)
+            entered = self._chooser.send(term, job.ask, sent_at)
             with entered as ticket, self._results.sent(term.engine) as watch:
                 try:
                     await self._attempt(job, term, ticket, watch, send, told=told, give_up=give_up, last=not to_try)
@@ -178,7 +181,7 @@ class Forwarder:
         response: aiohttp.ClientResponse | None = None
         try:
             response, first = await self._first_byte(job, term, give_up, last)
-            ticket.started()
+            ticket.started(time.monotonic())
             if fault := fault_of(response.status):
                 watch.failed(fault, f"answered {response.status}")
             else:
@@ -187,6 +190,8 @@ class Forwarder:
             await _PassOn(job, term, response, told, self._patience.idle_s, give_up).run(first, send)
             if told.outcome is not Outcome.CUT:
                 watch.answered()
+                if told.outcome is Outcome.OK:
+                    ticket.ended(time.monotonic(), told.usage.cached_tokens, told.usage.completion_tokens)
             elif asyncio.get_running_loop().time() < give_up:
                 watch.failed(Fault.CUT, told.error)
         finally:

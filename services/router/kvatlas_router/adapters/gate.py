@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final
 
 from kvatlas_common.fleet import EngineView, Fleet, Load
@@ -19,11 +19,12 @@ from kvatlas_router.adapters.asgi import HttpError, Receive, while_connected
 from kvatlas_router.adapters.decide import Asked, Lookup, serving
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.admission import Admission, Cause, Place, Shed, Waiter
-from kvatlas_router.core.ledger import Ledger
-from kvatlas_router.core.outliers import Outliers, Trust
+from kvatlas_router.core.chooser import Chooser
+from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.pressure import Pressure
 
 LOOK_EVERY_S = 0.1
+NO_LOAD = Load()
 LOG_INTERVAL_S = 10.0
 ELSEWHERE_RETRY_S = 1
 
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class Gate:
-    """`fleet` and `clock` are asked whenever somebody comes."""
+    """`fleet`, `loads` and `clock` are asked whenever somebody comes, or a place may have come free."""
 
     def __init__(
         self,
@@ -39,16 +40,16 @@ class Gate:
         pressure: Pressure,
         *,
         fleet: Callable[[], Fleet],
-        ledger: Ledger,
-        outliers: Outliers,
+        loads: Callable[[], Mapping[EngineId, Load]],
+        chooser: Chooser,
         metrics: Metrics,
         clock: Callable[[], float],
     ) -> None:
         self._admission: Final = admission
         self._pressure: Final = pressure
         self._fleet = fleet
-        self._ledger = ledger
-        self._outliers = outliers
+        self._loads = loads
+        self._chooser = chooser
         self._metrics = metrics
         self._clock = clock
         self._log = LimitedLog(log, LOG_INTERVAL_S, clock)
@@ -88,12 +89,6 @@ class Gate:
 
     def fleet_changed(self, fleet: Fleet) -> None:
         self._pressure.keep_only(fleet.engines.keys())
-        self.loads_changed({view.id: view.load for view in fleet.engines.values()})
-
-    def loads_changed(self, loads: dict[EngineId, Load]) -> None:
-        now = self._clock()
-        for engine, load in loads.items():
-            self._pressure.told(engine, load, self._unanswered(engine), now)
         self.poke()
 
     def close(self) -> None:
@@ -104,18 +99,18 @@ class Gate:
             shed = self._admission.give_up(waiter, Cause.DRAINING, now)
             self._parked[waiter].set_exception(self._refused(waiter.model, shed))
 
-    def _unanswered(self, engine: EngineId) -> int:
-        return self._ledger.unanswered(engine)
-
     def _free(self, engine: EngineId) -> int:
-        in_flight = self._ledger.in_flight(engine)
-        return self._pressure.places(engine, self._unanswered(engine), in_flight, self._clock())
+        now = self._clock()
+        ours, load = self._chooser.books.of(engine, now), self._loads().get(engine, NO_LOAD)
+        unanswered = ours.pending + load.others.prefilling
+        self._pressure.told(engine, load, unanswered, now)
+        return self._pressure.places(engine, unanswered, ours.in_flight, now)
 
     def _trusted(self, views: Sequence[EngineView]) -> Iterator[EngineId]:
         """Places at an engine that is set aside are none, unless all are."""
         now, found = self._clock(), False
         for view in views:
-            if self._outliers.trust(view.id, now) is Trust.FULL:
+            if self._chooser.outliers.trust(view.id, now) is Trust.FULL:
                 found = True
                 yield view.id
         if not found:
