@@ -135,7 +135,7 @@ async def test_what_the_engine_says_waits_saturates_it_until_it_says_otherwise()
     page = b"vllm:num_requests_running 9\nvllm:num_requests_waiting %d\nvllm:kv_cache_usage_perc 0.5\n"
     engine = ScriptedEngine(figures=page % 40)
     async with routed(engine) as run:
-        await run.until(lambda f: all(v.load.waiting == 40 for v in f.engines.values()))
+        await eventually(lambda: [v.waiting for v in run.router.index.loads().values()] == [40], "scraped")
         asking = asyncio.create_task(run.post())
         await eventually(lambda: run.figure("queue_requests") == 1, "it waits")
         assert not engine.seen

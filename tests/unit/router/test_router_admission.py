@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas_common.words import EngineId
-from kvatlas_router.core.admission import PACE_GRANTS, Admission, AdmissionRules, Cause, Place, Shed, Waiter
+from kvatlas_router.core.admission import PACE_GRANTS, Admission, AdmissionRules, Cause, Line, Place, Shed, Waiter
 
 A, B, C = EngineId("a:1"), EngineId("b:1"), EngineId("c:1")
 SERVING: Mapping[str, Sequence[EngineId]] = {"m": (A, B), "a": (A,), "b": (B,), "gone": ()}
@@ -26,7 +26,7 @@ class Fleet:
         return self.free.get(engine, 0)
 
     def ask(self, model: str = "m", now: float = 0.0) -> Place | Waiter | Shed:
-        return self.admission.ask(model, SERVING[model], self.places, now)
+        return self.admission.ask(Line(model), SERVING[model], self.places, now)
 
     def wait(self, model: str = "m", now: float = 0.0) -> Waiter:
         found = self.ask(model, now)
@@ -39,7 +39,7 @@ class Fleet:
         return found
 
     def pump(self, now: float = 0.0) -> list[Waiter]:
-        return self.admission.pump(lambda m: SERVING[m], self.places, now)
+        return self.admission.pump(lambda line: SERVING[line.model], self.places, now)
 
 
 def test_where_there_is_a_place_nobody_waits() -> None:
@@ -178,7 +178,7 @@ def test_whatever_happens(steps: list[tuple[str, str, int]], at_a: int, at_b: in
 
     for what, model, which in steps:
         if what == "ask":
-            found = fleet.admission.ask(model, SERVING[model], free, 0.0)
+            found = fleet.admission.ask(Line(model), SERVING[model], free, 0.0)
             if isinstance(found, Waiter):
                 waiting[model].append(found)
             elif isinstance(found, Place):
@@ -197,10 +197,12 @@ def test_whatever_happens(steps: list[tuple[str, str, int]], at_a: int, at_b: in
                 fleet.admission.leave(waiter)
             else:
                 fleet.admission.give_up(waiter, Cause.DEADLINE, 99.0)
-        for called in fleet.admission.pump(lambda m: SERVING[m], free, 0.0):
-            assert called is waiting[called.model].pop(0)
+        for called in fleet.admission.pump(lambda line: SERVING[line.model], free, 0.0):
+            assert called is waiting[called.line.model].pop(0)
             assert called.place is not None
-            admitted.append((called.model, called.place))
+            admitted.append((called.line.model, called.place))
         assert len(admitted) + len(running) <= at_a + at_b
-        assert fleet.admission.waiters() == [w for ws in (waiting[m] for m in fleet.admission._queues) for w in ws]
+        assert fleet.admission.waiters() == [
+            w for ws in (waiting[line.model] for line in fleet.admission._queues) for w in ws
+        ]
     assert fleet.admission.waiting == sum(map(len, waiting.values()))

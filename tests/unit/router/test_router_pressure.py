@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvatlas_common.fleet import Load
+from kvatlas_common.fleet import InFlight, Load
 from kvatlas_common.words import EngineId
 from kvatlas_router.core.pressure import UNLIMITED, Pressure, PressureRules
 
@@ -55,7 +55,7 @@ def test_unknown_is_not_saturated() -> None:
 
 def test_a_load_told_twice_is_no_fresher_and_a_new_one_counts_from_anew() -> None:
     pressure = told(500)
-    pressure.told(A, Load(waiting=500, scraped_at=1.0), 7, 4.0)
+    pressure.told(A, Load(waiting=500, scraped_at=1.0, others=InFlight(prefilling=7)), 7, 4.0)
     assert pressure.waiting(A, 7, 4.0) == 507
     assert pressure.waiting(A, 7, 5.1) is None
     pressure.told(A, Load(waiting=500, scraped_at=2.0), 7, 5.1)

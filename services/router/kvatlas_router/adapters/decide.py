@@ -144,13 +144,18 @@ class Decider:
     async def decide(self, asked: Asked) -> Decision:
         """Raises `UnknownModel` and `NoEngine`."""
         fleet = self.fleet()
-        model, views = serving(fleet, asked)
+        model, _, views = self.eligible(asked)
         plan = self.plans.of(model)
-        views = _labelled(views, (*plan.labels, *asked.labels), model)
         inquiry = _Inquiry(self, asked, model, views, self._ask(asked, model))
         choice = await inquiry.choice(plan)
         pinned = frozenset(e.address for e in fleet.engines if e.rank)
         return Decision(model, inquiry.ask, choice, inquiry.learnt, pinned)
+
+    def eligible(self, asked: Asked) -> tuple[str, Labels, tuple[EngineView, ...]]:
+        """The model, the labels wanted, and the engines that may serve it. Raises `UnknownModel` and `NoEngine`."""
+        model, views = serving(self.fleet(), asked)
+        labels = (*self.plans.of(model).labels, *asked.labels)
+        return model, labels, _labelled(views, labels, model)
 
     def _ask(self, asked: Asked, model: str) -> Ask:
         """What is known of a request without tokenising it."""

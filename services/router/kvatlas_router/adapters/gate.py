@@ -16,10 +16,9 @@ from kvatlas_common.fleet import EngineView, Fleet, Load
 from kvatlas_common.logs import LimitedLog
 from kvatlas_common.words import EngineId
 from kvatlas_router.adapters.asgi import HttpError, Receive, while_connected
-from kvatlas_router.adapters.decide import Asked, Lookup, serving
+from kvatlas_router.adapters.decide import Asked, Decider, Lookup
 from kvatlas_router.adapters.metrics import Metrics
-from kvatlas_router.core.admission import Admission, Cause, Place, Shed, Waiter
-from kvatlas_router.core.chooser import Chooser
+from kvatlas_router.core.admission import Admission, Cause, Line, Place, Shed, Waiter
 from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.pressure import Pressure
 
@@ -32,24 +31,23 @@ log = logging.getLogger(__name__)
 
 
 class Gate:
-    """`fleet`, `loads` and `clock` are asked whenever somebody comes, or a place may have come free."""
+    """`loads` and `clock` are asked whenever somebody comes, or a place may have come free."""
 
     def __init__(
         self,
         admission: Admission,
         pressure: Pressure,
         *,
-        fleet: Callable[[], Fleet],
+        decider: Decider,
         loads: Callable[[], Mapping[EngineId, Load]],
-        chooser: Chooser,
         metrics: Metrics,
         clock: Callable[[], float],
     ) -> None:
         self._admission: Final = admission
         self._pressure: Final = pressure
-        self._fleet = fleet
+        self._decider = decider
         self._loads = loads
-        self._chooser = chooser
+        self._chooser = decider.chooser
         self._metrics = metrics
         self._clock = clock
         self._log = LimitedLog(log, LOG_INTERVAL_S, clock)
@@ -64,11 +62,12 @@ class Gate:
         if asked.lookup is not Lookup.PROMPT:
             return Place()
         try:
-            model, views = serving(self._fleet(), asked)
+            model, labels, views = self._decider.eligible(asked)
         except LookupError:
             return Place()  # the choice will say what is wrong
         came_at = self._clock()
-        found = self._admission.ask(model, self._trusted(views), self._free, came_at)
+        line = Line(model, labels)
+        found = self._admission.ask(line, self._trusted(views), self._free, came_at)
         if isinstance(found, Waiter):
             found = await self._turn(found, receive)
             self._metrics.queue_wait.observe(self._clock() - came_at)
@@ -91,20 +90,25 @@ class Gate:
         self._pressure.keep_only(fleet.engines.keys())
         self.poke()
 
+    def load_told(self, engine: EngineId, load: Load) -> None:
+        """As it comes, so that what goes there from now on is known to have gone there since."""
+        now = self._clock()
+        unanswered = self._chooser.books.of(engine, now).pending + load.others.prefilling
+        self._pressure.told(engine, load, unanswered, now)
+        self.poke()
+
     def close(self) -> None:
         """The router goes: who still waits, and who would have to, is sent elsewhere."""
         self._closed = True
         now = self._clock()
         for waiter in self._admission.waiters():
             shed = self._admission.give_up(waiter, Cause.DRAINING, now)
-            self._parked[waiter].set_exception(self._refused(waiter.model, shed))
+            self._parked[waiter].set_exception(self._refused(waiter.line.model, shed))
 
     def _free(self, engine: EngineId) -> int:
         now = self._clock()
         ours, load = self._chooser.books.of(engine, now), self._loads().get(engine, NO_LOAD)
-        unanswered = ours.pending + load.others.prefilling
-        self._pressure.told(engine, load, unanswered, now)
-        return self._pressure.places(engine, unanswered, ours.in_flight, now)
+        return self._pressure.places(engine, ours.pending + load.others.prefilling, ours.in_flight, now)
 
     def _trusted(self, views: Sequence[EngineView]) -> Iterator[EngineId]:
         """Places at an engine that is set aside are none, unless all are."""
@@ -116,8 +120,9 @@ class Gate:
         if not found:
             yield from (view.id for view in views)
 
-    def _serving(self, model: str) -> Sequence[EngineId]:
-        return list(self._trusted(self._fleet().serving(model)))
+    def _serving(self, line: Line) -> Sequence[EngineId]:
+        views = self._decider.fleet().serving(line.model)
+        return list(self._trusted([v for v in views if v.labelled(line.labels)] if line.labels else views))
 
     async def _turn(self, waiter: Waiter, receive: Receive) -> Place | Shed:
         if self._closed:
@@ -128,7 +133,9 @@ class Gate:
         try:
             self._look()
             if waiter.place is None:
-                self._log.info(f"waits {waiter.model}", "requests wait, all engines are saturated", model=waiter.model)
+                self._log.info(
+                    f"waits {waiter.line.model}", "requests wait, all engines are saturated", model=waiter.line.model
+                )
                 async with while_connected(receive), asyncio.timeout_at(deadline):
                     await turn
         except TimeoutError:
