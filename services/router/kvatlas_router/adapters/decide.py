@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from kvatlas_common.fleet import EngineView, Fleet, Health, Load
+from kvatlas_common.fleet import EngineView, Fleet, Load
 from kvatlas_common.logs import LimitedLog
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.words import EngineId
@@ -273,12 +273,11 @@ def _place(error: BaseException) -> str:
 
 def serving(fleet: Fleet, asked: Asked) -> tuple[str, tuple[EngineView, ...]]:
     """The model a request is for, and the engines that may serve it. Raises `UnknownModel` and `NoEngine`."""
-    up = tuple(v for v in fleet.engines.values() if v.health is not Health.DOWN)
     model = asked.body.model or _only_model(fleet)
-    views = up if asked.lookup is Lookup.SESSION else fleet.serving(model)
+    views = fleet.up() if asked.lookup is Lookup.SESSION else fleet.serving(model)
     if views:
         return model, views
-    if up and not any(v.serves(model) for v in fleet.engines.values()):
+    if fleet.up() and not any(v.serves(model) for v in fleet.engines.values()):
         raise UnknownModel(model, fleet.models())
     raise NoEngine(f"no engine that serves {model!r} is up" if fleet.engines else "no engine is known")
 
