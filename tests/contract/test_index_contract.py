@@ -20,13 +20,16 @@ from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.fleet import Adapter, Health, Sync
 from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
 from kvatlas_common.words import EngineId, Medium
+from kvatlas_indexer.adapters.front import Front
 from kvatlas_indexer.adapters.local_index import LocalIndex
 from kvatlas_indexer.adapters.publisher import Publisher as StorePublisher
 from kvatlas_indexer.adapters.redis_store import BLOCK_TTL_S, RedisStore
 from kvatlas_indexer.adapters.shared_index import SharedIndex
-from kvatlas_indexer.core.contracts import Index, IndexUnavailable, UnknownModel
+from kvatlas_indexer.core.contracts import IndexUnavailable, Lookups, UnknownModel
 from kvatlas_indexer.core.engine import Bounds
 from kvatlas_indexer.core.index import Rules
+from kvatlas_indexer.core.loads import LoadBoard
+from kvatlas_indexer.core.routing import Routing
 from kvatlas_loadtest.valkey import Valkey
 from tests.integration.redis_kit import fresh_prefix, opened
 from tests.unit.indexer.core.published import SIZE, UNKNOWABLE, Publisher, profile
@@ -42,12 +45,12 @@ GPU, CPU = Medium.GPU, Medium.CPU
 class Deployment:
     """`world`: what the engines say, and the index that hears them. `answers`: who is asked."""
 
-    def __init__(self, world: World, answers: Index, owner: Owner | None = None) -> None:
+    def __init__(self, world: World, answers: Front, owner: Owner | None = None) -> None:
         self.world = world
         self.answers = answers
         self.owner = owner
 
-    async def settled(self) -> Index:
+    async def settled(self) -> Front:
         """Who answers, once all that was said can be known to it."""
         if self.owner is not None:
             await self.owner.write(self.world)
@@ -110,7 +113,7 @@ async def deployed(kind: str, request: pytest.FixtureRequest, rules: Rules | Non
     for engine in (E1, E2):
         world.facts(engine)
     if kind == "memory":
-        yield Deployment(world, LocalIndex(world.index))
+        yield Deployment(world, front(LocalIndex(world.index)))
         return
     servers = [request.getfixturevalue("single")] if kind == "single" else request.getfixturevalue("cluster")
     url = servers[0].url if kind == "single" else f"redis+cluster://{servers[0].address}"
@@ -118,7 +121,13 @@ async def deployed(kind: str, request: pytest.FixtureRequest, rules: Rules | Non
     async with AsyncExitStack() as stack:
         ours, theirs = [await stack.enter_async_context(opened(url, prefix)) for _ in range(2)]
         owner = Owner(RedisStore(ours), world, servers, prefix)
-        yield Deployment(world, SharedIndex(RedisStore(theirs)), owner)
+        shared = SharedIndex(RedisStore(theirs), on_change=lambda: None, on_emptied=lambda _: None)
+        yield Deployment(world, front(shared), owner)
+
+
+def front(lookups: Lookups) -> Front:
+    routing = Routing(estimate_ttl_s=600)
+    return Front(lookups, routing, LoadBoard(routing.in_flight), time.monotonic)
 
 
 @pytest.fixture(params=["memory", "single", "cluster"])
@@ -362,8 +371,7 @@ async def test_whoever_watches_is_told_the_fleet_and_what_changes(it: Deployment
         assert set(first.changed) == set(it.world.index.fleet().engines.values())
         it.world.wants(spec(E1))
         await it.settled()
-        if isinstance(answers, LocalIndex):
-            answers.fleet_changed()
+        answers.wake()
         second = await anext(watching)
         assert (second.snapshot, second.removed) == (False, (E2,))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +13,9 @@ class EngineMatch(NamedTuple):
     """How many leading blocks of a prompt one engine would serve from its cache.
 
     `media` says where they are (it sums to `blocks`); `doubtful`, how many of them rest on entries that a lost message
-    has put in doubt. A tuple because a lookup makes one per engine, and a frozen dataclass takes three times as long.
+    has put in doubt; `expected` (>= `blocks`), how many it would serve when what was routed there lately, and is not
+    confirmed by events yet, is counted as held. A tuple because a lookup makes one per engine, and a frozen dataclass
+    takes three times as long.
     """
 
     engine: EngineId
@@ -21,14 +23,28 @@ class EngineMatch(NamedTuple):
     media: Mapping[Medium, int]
     exact: bool
     doubtful: int = 0
+    expected: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class MatchAnswer:
-    """`matches` lists only engines that hold something; `unknown`, those of whose cache nothing can be said."""
+    """`matches` lists only engines that hold something or are expected to.
+
+    `unknown`: those of whose cache nothing can be said.
+    """
 
     matches: tuple[EngineMatch, ...] = ()
     unknown: tuple[EngineId, ...] = ()
+
+    def among(self, engines: Collection[EngineId]) -> MatchAnswer:
+        """Of these engines alone; with none given, of all."""
+        if not engines:
+            return self
+        wanted = frozenset(engines)
+        return MatchAnswer(
+            tuple(match for match in self.matches if match.engine in wanted),
+            tuple(engine for engine in self.unknown if engine in wanted),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from kvatlas_indexer.core.engine import Engine, Network
 from kvatlas_indexer.core.expected import Finding
 from kvatlas_indexer.core.known import Known
 from kvatlas_indexer.core.naming import Naming
-from kvatlas_indexer.core.plans import ModelPlan, Plans
+from kvatlas_indexer.core.plans import ModelPlan, Plans, matters
 from kvatlas_indexer.core.residency import Residency
 from kvatlas_indexer.core.stream import Stream
 
@@ -41,12 +41,19 @@ ENGINES_MAX = 4096
 class KvIndex:
     """Not thread-safe: one event loop owns it. `now` is in seconds since the epoch throughout."""
 
-    def __init__(self, rules: Rules | None = None, *, on_finding: Callable[[EngineId | None, Finding], None]) -> None:
+    def __init__(
+        self,
+        rules: Rules | None = None,
+        *,
+        on_finding: Callable[[EngineId | None, Finding], None],
+        on_emptied: Callable[[EngineId], None] = lambda engine: None,  # it restarted, or was cleared
+    ) -> None:
         self.rules = rules or Rules()
         self.residency = Residency()
         self.refused: Counter[str] = Counter()
         """Messages not taken, by reason: frames, message, payload, claim, too-many-engines."""
         self._on_finding = on_finding
+        self._on_emptied = on_emptied
         self._known: dict[EngineId, Known] = {}
         self._ranks: dict[str, dict[int, Known]] = {}  # the same by address and rank
         self._specs: dict[str, EngineSpec] = {}
@@ -76,12 +83,9 @@ class KvIndex:
             return self._refuse("payload" if dialled else "message", dialled, f"from {peer or dialled}: {error}")
         if address is None:
             return []
-        known = self._take(EngineId(address, port_rank if batch.rank is None else batch.rank), now)
-        if known is None:
-            return []
-        known.speaks = known.speaks or dialled is None
+        engine = EngineId(address, port_rank if batch.rank is None else batch.rank)
         message = Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch)
-        return self._commands(known, known.engine.on_message(message, now))
+        return self.on_message(engine, message, now, speaks=dialled is None)
 
     def _claimed(self, topic_frame: bytes, peer: str, now: float) -> str | None:
         """The address a listened message may speak for, or None if it may not. Raises `MalformedBatch`."""
@@ -111,16 +115,25 @@ class KvIndex:
         known = self._known.get(engine)
         return self._commands(known, known.engine.on_connection(up, now)) if known else []
 
-    def on_replayed(self, engine: EngineId, seq: int, payload: bytes, now: float) -> list[Command]:
-        known = self._known.get(engine)
+    def on_message(self, engine: EngineId, message: Message, now: float, *, speaks: bool = False) -> list[Command]:
+        """One message, decoded; `speaks`: the engine has made itself known by it."""
+        known = self._take(engine, now)
         if known is None:
             return []
+        known.speaks = known.speaks or speaks
+        return self._commands(known, known.engine.on_message(message, now))
+
+    def on_replayed(self, engine: EngineId, seq: int, payload: bytes, now: float) -> list[Command]:
         try:
             batch = decode_batch(payload)
         except MalformedBatch as error:  # its place in the sequence is taken all the same
             batch = EventBatch(0.0, None, (), (RejectedEvent(Rejection.MALFORMED, str(error)),))
         message = Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch)
-        return self._commands(known, known.engine.on_replayed(message, now))
+        return self.on_replayed_message(engine, message, now)
+
+    def on_replayed_message(self, engine: EngineId, message: Message, now: float) -> list[Command]:
+        known = self._known.get(engine)
+        return self._commands(known, known.engine.on_replayed(message, now)) if known else []
 
     def on_replay_end(self, engine: EngineId, end: ReplayEnd, now: float) -> list[Command]:
         known = self._known.get(engine)
@@ -165,7 +178,9 @@ class KvIndex:
         return commands
 
     def _learn(self, known: Known, facts: EngineFacts, now: float) -> list[Command]:
-        known.facts = facts
+        before, known.facts = known.facts, facts
+        if before and before.process_start_s is not None and before.process_start_s != facts.process_start_s:
+            self._on_emptied(known.id)  # one that publishes no events says it only here
         self._stale.add(known.id)
         network: list[Network] = []
         if facts.health is Health.READY:
@@ -238,11 +253,7 @@ class KvIndex:
                 found += of_profile.match(masks)
             else:
                 unknown += tuple(of_profile.engines)
-        if engines:
-            wanted = frozenset(engines)
-            found = [match for match in found if match.engine in wanted]
-            unknown = tuple(engine for engine in unknown if engine in wanted)
-        return MatchAnswer(tuple(found), unknown)
+        return MatchAnswer(tuple(found), unknown).among(engines)
 
     def holders(self, model: str, key: int) -> tuple[Holder, ...]:
         """Raises `UnknownModel`."""
@@ -276,8 +287,7 @@ class KvIndex:
 
     def _plan(self, model: str) -> ModelPlan:
         self._freshen()
-        plan = self._plans.get(model, (self.residency.version, self._matching_version))
-        if plan is not None:
+        if (plan := self._plans.get(model, (self.residency.version, self._matching_version))) is not None:
             return plan
         serving = self._serving(model)
         return self._plans.keep(model, ModelPlan.of((self._known[view.id], view) for view in serving))
@@ -314,6 +324,7 @@ class KvIndex:
             bounds=self.rules.bounds,
             reannounces=bool(spec and spec.reannounces),
             drop_last_blocks=spec.speculative_drop_blocks if spec else 0,
+            on_emptied=self._on_emptied,
         )
 
     def _drop(self, known: Known) -> list[Command]:
@@ -374,7 +385,7 @@ class KvIndex:
         return []
 
     def _freshen(self) -> None:
-        """The views as they are now. A change of load alone leaves the matching plans as they are."""
+        """The views as they are now. What does not matter to matching leaves the plans as they are."""
         for engine in self._stale:
             known, before = self._known.get(engine), self._views.pop(engine, None)
             after = known.view(self.rules.expected) if known else None
@@ -382,11 +393,6 @@ class KvIndex:
                 self._views[engine] = after
             if after != before:
                 self._fleet = None
-            if _matters(before) != _matters(after):
+            if matters(before) != matters(after):
                 self._matching_version += 1
         self._stale.clear()
-
-
-def _matters(view: EngineView | None) -> object:
-    """What of a view matching rests on."""
-    return view and (view.models, view.health is Health.DOWN, view.profile, view.block_size, view.sync)

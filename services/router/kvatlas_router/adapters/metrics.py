@@ -33,6 +33,11 @@ class Metrics:
         self.retries = counter("retries", "requests tried again elsewhere, by what failed", ("why",))
         self.cuts = counter("cuts", "responses cut off after their first byte")
         self.in_flight = gauge("in_flight", "requests being answered")
+        self.queued = gauge("queue_requests", "requests that wait because every engine of their model is saturated")
+        self.queue_wait = histogram("queue_wait_seconds", "how long requests waited, those turned away too", _COARSE)
+        self.shed = counter("shed", "requests turned away, by cause", ("cause",))
+        self.ejected = gauge("ejected_engines", "engines that failed too often and are tried last for a while")
+        self.ejections = counter("ejections", "engines ejected, by cause", ("cause",))
         self.stages = histogram("decision_seconds", "time of a decision, by stage", _FINE, ("stage",))
         self.first_byte = histogram("first_byte_seconds", "request received to first byte sent", _COARSE)
         self.prompt_tokens = counter("prompt_tokens", "prompt tokens of comparable requests")
@@ -42,6 +47,9 @@ class Metrics:
         self.compared = counter("predictions_compared", "comparable requests whose engine reported cached tokens")
         self.tokenised = counter("tokenised", "prompts tokenised, and where", ("where",))
         self.parity = counter("parity_mismatches", "checks of local tokens against an engine that differed", ("model",))
+        self.encoder_differences = counter(
+            "encoder_differences", "fast encoders found to give other tokens, and stopped"
+        )
         self.lookups = counter("lookups", "index lookups by result", ("result",))
         self.shards_up = gauge("indexers_up", "indexer shards whose fleet stream is up")
         self.observations_dropped = counter("observations_dropped", "observations dropped because a shard is slow")
