@@ -41,12 +41,20 @@ ENGINES_MAX = 4096
 class KvIndex:
     """Not thread-safe: one event loop owns it. `now` is in seconds since the epoch throughout."""
 
-    def __init__(self, rules: Rules | None = None, *, on_finding: Callable[[EngineId | None, Finding], None]) -> None:
+    def __init__(
+        self,
+        rules: Rules | None = None,
+        *,
+        on_finding: Callable[[EngineId | None, Finding], None],
+        on_emptied: Callable[[EngineId], None] = lambda engine: None,
+    ) -> None:
+        """`on_emptied`: told of engines that restarted or were cleared."""
         self.rules = rules or Rules()
         self.residency = Residency()
         self.refused: Counter[str] = Counter()
         """Messages not taken, by reason: frames, message, payload, claim, too-many-engines."""
         self._on_finding = on_finding
+        self._on_emptied = on_emptied
         self._known: dict[EngineId, Known] = {}
         self._ranks: dict[str, dict[int, Known]] = {}  # the same by address and rank
         self._specs: dict[str, EngineSpec] = {}
@@ -76,12 +84,9 @@ class KvIndex:
             return self._refuse("payload" if dialled else "message", dialled, f"from {peer or dialled}: {error}")
         if address is None:
             return []
-        known = self._take(EngineId(address, port_rank if batch.rank is None else batch.rank), now)
-        if known is None:
-            return []
-        known.speaks = known.speaks or dialled is None
+        engine = EngineId(address, port_rank if batch.rank is None else batch.rank)
         message = Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch)
-        return self._commands(known, known.engine.on_message(message, now))
+        return self.on_message(engine, message, now, speaks=dialled is None)
 
     def _claimed(self, topic_frame: bytes, peer: str, now: float) -> str | None:
         """The address a listened message may speak for, or None if it may not. Raises `MalformedBatch`."""
@@ -111,16 +116,25 @@ class KvIndex:
         known = self._known.get(engine)
         return self._commands(known, known.engine.on_connection(up, now)) if known else []
 
-    def on_replayed(self, engine: EngineId, seq: int, payload: bytes, now: float) -> list[Command]:
-        known = self._known.get(engine)
+    def on_message(self, engine: EngineId, message: Message, now: float, *, speaks: bool = False) -> list[Command]:
+        """One message, decoded; `speaks`: the engine has made itself known by it."""
+        known = self._take(engine, now)
         if known is None:
             return []
+        known.speaks = known.speaks or speaks
+        return self._commands(known, known.engine.on_message(message, now))
+
+    def on_replayed(self, engine: EngineId, seq: int, payload: bytes, now: float) -> list[Command]:
         try:
             batch = decode_batch(payload)
         except MalformedBatch as error:  # its place in the sequence is taken all the same
             batch = EventBatch(0.0, None, (), (RejectedEvent(Rejection.MALFORMED, str(error)),))
         message = Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch)
-        return self._commands(known, known.engine.on_replayed(message, now))
+        return self.on_replayed_message(engine, message, now)
+
+    def on_replayed_message(self, engine: EngineId, message: Message, now: float) -> list[Command]:
+        known = self._known.get(engine)
+        return self._commands(known, known.engine.on_replayed(message, now)) if known else []
 
     def on_replay_end(self, engine: EngineId, end: ReplayEnd, now: float) -> list[Command]:
         known = self._known.get(engine)
@@ -165,7 +179,9 @@ class KvIndex:
         return commands
 
     def _learn(self, known: Known, facts: EngineFacts, now: float) -> list[Command]:
-        known.facts = facts
+        before, known.facts = known.facts, facts
+        if before and before.process_start_s is not None and before.process_start_s != facts.process_start_s:
+            self._on_emptied(known.id)  # one that publishes no events says it only here
         self._stale.add(known.id)
         network: list[Network] = []
         if facts.health is Health.READY:
@@ -314,6 +330,7 @@ class KvIndex:
             bounds=self.rules.bounds,
             reannounces=bool(spec and spec.reannounces),
             drop_last_blocks=spec.speculative_drop_blocks if spec else 0,
+            on_emptied=self._on_emptied,
         )
 
     def _drop(self, known: Known) -> list[Command]:
@@ -374,7 +391,7 @@ class KvIndex:
         return []
 
     def _freshen(self) -> None:
-        """The views as they are now. A change of load alone leaves the matching plans as they are."""
+        """The views as they are now. What does not matter to matching leaves the plans as they are."""
         for engine in self._stale:
             known, before = self._known.get(engine), self._views.pop(engine, None)
             after = known.view(self.rules.expected) if known else None

@@ -6,8 +6,9 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
-from kvatlas_common.fleet import Adapter, EngineView, Health, Load, Sync
+from kvatlas_common.fleet import Adapter, EngineView, Health, Sync
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core.match import Kind
 from kvatlas_indexer.core.records import (
@@ -41,7 +42,6 @@ records = st.builds(
     adapters=st.lists(st.builds(Adapter, st.text(max_size=5), st.none() | st.text(max_size=5)), max_size=2),
     root=st.none() | st.text(max_size=10),
     health=st.sampled_from(Health),
-    load=st.builds(Load, st.integers(0, 9), st.integers(0, 9), st.floats(0, 1), times),
     profile=st.none() | st.text(max_size=10),
     sync=st.sampled_from(Sync),
     places=st.lists(places, max_size=3),
@@ -58,13 +58,13 @@ PLAIN = EngineRecord(
     adapters=[],
     root=None,
     health=Health.READY,
-    load=Load(running=2),
     profile="p",
     profile_verified=True,
     block_size=16,
     sync=Sync.INEXACT,
     inexact_reason="messages 3..4 lost",
     max_model_len=8192,
+    kv_tokens=65_536,
     heard=True,
     drop_last_blocks=0,
     places=[PlaceRecord(0, "gpu", 7, [3, 5], [1.0, 2.0]), PlaceRecord(1, "cpu", 9)],
@@ -86,13 +86,13 @@ def test_what_a_lookup_needs_of_it() -> None:
         "http://10.0.0.1:8000",
         models=frozenset({"m"}),
         health=Health.READY,
-        load=Load(running=2),
         profile="p",
         profile_verified=True,
         block_size=16,
         sync=Sync.INEXACT,
         inexact_reason="messages 3..4 lost",
         max_model_len=8192,
+        kv_tokens=65_536,
     )
     assert record.slot_numbers() == {3, 5, 7, 9}
     assert [rule.kind for rule in record.group_rules().values()] == [Kind.FULL, Kind.WINDOW, Kind.UNKNOWN]
@@ -123,3 +123,17 @@ def test_what_is_no_record_is_refused(data: bytes) -> None:
 
 def test_fields_of_a_later_version_are_passed_over() -> None:
     assert decode_record(changed(colour="blue")) == PLAIN
+
+
+def test_an_engine_lives_on_while_it_neither_restarts_nor_is_cleared() -> None:
+    def with_live(number: int, doubts: list[int]) -> EngineRecord:
+        return structs.replace(PLAIN, places=[PlaceRecord(0, "gpu", number, doubts, [1.0] * len(doubts))])
+
+    before = with_live(7, [])
+    started = structs.replace(before, stream=StreamRecord(True, "", 1.0, 100.0))
+    assert before.lives_on_in(with_live(8, [7]))  # put in doubt
+    assert before.lives_on_in(started)
+    assert not before.lives_on_in(with_live(8, []))
+    assert not before.lives_on_in(structs.replace(before, epoch=4))
+    assert not started.lives_on_in(structs.replace(started, stream=StreamRecord(True, "", 1.0, 101.0)))
+    assert structs.replace(before, places=[]).lives_on_in(before)
