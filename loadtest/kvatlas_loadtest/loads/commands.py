@@ -18,7 +18,8 @@ from rich.table import Table
 from kvatlas_loadtest.loads.figures import Figures, figures, medians
 from kvatlas_loadtest.loads.outcomes import Run
 from kvatlas_loadtest.loads.routing import POLICIES, decider
-from kvatlas_loadtest.loads.simulation import Crash, Settings, Simulation
+from kvatlas_loadtest.loads.settings import Crash, Settings
+from kvatlas_loadtest.loads.simulation import Simulation
 from kvatlas_loadtest.loads.workloads import WORKLOADS, workload
 
 EXIT_UNUSABLE, EXIT_INTERRUPTED = 2, 130

@@ -22,6 +22,7 @@ from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Ticket
 from kvatlas_router.core.choice import Choice, NoEngine
 from kvatlas_router.core.chooser import Chooser
+from kvatlas_router.core.outliers import Fault
 from kvatlas_router.core.plans import Plan
 from kvatlas_router.core.policies import Needs, PolicyName
 
@@ -129,7 +130,6 @@ class ByCore:
                     loads=known.loads,
                     answer=answer,
                     now=now,
-                    suspects=self._chooser.books.suspects(now),
                 )
             except NoEngine:
                 return None
@@ -145,30 +145,30 @@ class ByCore:
         return self._chooser.send(term, decision.ask, now)
 
     def failed(self, engine: EngineId, now: float) -> None:
-        self._chooser.books.suspect(engine, now + SUSPECT_S)
+        self._chooser.outliers.sent(engine, now).failed(Fault.RESET, now)
 
 
 class ByRule:
     """A baseline. An engine that has just failed a request goes last, as with the router itself."""
 
     def __init__(self, rule: Rule, chance: Chance) -> None:
-        self._rule = rule
+        self.rule = rule
         self._chance = chance
         self._suspect_until: dict[EngineId, float] = {}
 
     @property
     def needs_events(self) -> bool:
-        return self._rule.needs_index
+        return self.rule.needs_index
 
     def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
         if not known.views:
             return None
-        matches = known.held().matches if self._rule.needs_index else ()
+        matches = known.held().matches if self.rule.needs_index else ()
         cached = {match.engine: match.blocks * asked.block_size for match in matches}
         seen = [_seen(view.id, known, cached.get(view.id, 0)) for view in known.views]
-        ranked = self._rule.rank(asked, seen, self._chance)
+        ranked = self.rule.rank(asked, seen, self._chance)
         ranked.sort(key=lambda engine: now < self._suspect_until.get(engine, 0.0))
-        return Decision(ranked, type(self._rule).__name__, cached)
+        return Decision(ranked, type(self.rule).__name__, cached)
 
     def sent(self, decision: Decision, engine: EngineId, now: float) -> Sent:
         return _NOTHING_KEPT
