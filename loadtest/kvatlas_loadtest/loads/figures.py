@@ -75,7 +75,7 @@ def medians(of_seeds: Sequence[Figures]) -> Figures:
     """One line for the runs of one policy on one load with several seeds: the median of each figure."""
 
     def middle(name: str) -> float:
-        return median(getattr(each, name) for each in of_seeds)
+        return float(median(getattr(each, name) for each in of_seeds))
 
     return Figures(
         policy=of_seeds[0].policy,
@@ -83,7 +83,7 @@ def medians(of_seeds: Sequence[Figures]) -> Figures:
         seeds=len(of_seeds),
         requests=sum(each.requests for each in of_seeds),
         errors=sum(each.errors for each in of_seeds),
-        **{name: middle(name) for name in _MEASURED},  # type: ignore[arg-type]
+        **{name: middle(name) for name in _MEASURED},
     )
 
 
