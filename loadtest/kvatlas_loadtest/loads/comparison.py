@@ -20,7 +20,7 @@ FAILED_SHARE_MAX = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """One figure of a run. A share is 0..1, and shown in per cent."""
+    """One figure of a run. `unit`: as it is shown; the figure itself is in seconds, or a share 0..1."""
 
     name: str
     heading: str
@@ -36,8 +36,8 @@ TTFT_MEAN = Measure("ttft_mean_s", "TTFT mean", "s", lambda f: f.ttft.mean if f.
 TTFT_P50 = Measure("ttft_p50_s", "TTFT P50", "s", lambda f: f.ttft.p50 if f.ttft else None)
 TTFT_P90 = Measure("ttft_p90_s", "TTFT P90", "s", lambda f: f.ttft.p90 if f.ttft else None)
 TTFT_P99 = Measure("ttft_p99_s", "TTFT P99", "s", lambda f: f.ttft.p99 if f.ttft else None)
-ITL_P50 = Measure("itl_p50_s", "ITL P50", "s", lambda f: f.itl.p50 if f.itl else None)
-ITL_P90 = Measure("itl_p90_s", "ITL P90", "s", lambda f: f.itl.p90 if f.itl else None)
+ITL_P50 = Measure("itl_p50_s", "ITL P50", "ms", lambda f: f.itl.p50 if f.itl else None)
+ITL_P90 = Measure("itl_p90_s", "ITL P90", "ms", lambda f: f.itl.p90 if f.itl else None)
 OUTPUT = Measure("output_tokens_per_s", "output", "tokens/s", lambda f: f.output_tokens_per_s, less_is_better=False)
 CACHED = Measure("cached_share", "cached", "share", lambda f: f.cached_share, less_is_better=False)
 OF_ORACLE = Measure("cached_of_oracle", "of the oracle's", "share", lambda f: f.of_oracle, less_is_better=False)

@@ -50,12 +50,13 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`headings`: one per column, the first of which names the row."""
+    """`headings`: one per column, the first of which names the row. `detail`: for whoever looks closer."""
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
+    detail: bool = False
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -98,13 +99,14 @@ def over_workloads(comparison: Comparison, measure: Measure) -> Table:
     return Table(f"{_headed(measure)}, by workload", ("policy", *comparison.workloads), tuple(rows), _seeds(comparison))
 
 
-def one_workload(comparison: Comparison, workload: str) -> Table:
+def one_workload(comparison: Comparison, workload: str, title: str = "Workload", *, detail: bool = True) -> Table:
     """All measures of one workload, the lowest P90 TTFT first. A column in which everybody has 0 is left out."""
     policies = [policy for policy in comparison.policies if comparison.cell(policy, workload)]
     measures = [m for m in IN_WORKLOAD if any(_value(comparison, p, workload, m) for p in policies)]
     policies.sort(key=lambda p: _value(comparison, p, workload, TTFT_P90) or float("inf"))
     rows = [(Cell(p), *(_cell(comparison, p, workload, m) for m in measures)) for p in policies]
-    return Table(f"Workload: {workload}", ("policy", *(_headed(m) for m in measures)), tuple(rows), _seeds(comparison))
+    headings = ("policy", *(_headed(m) for m in measures))
+    return Table(f"{title}: {workload}", headings, tuple(rows), _seeds(comparison), detail)
 
 
 def published(comparison: Comparison) -> Table:
@@ -150,6 +152,8 @@ def shown(value: float | None, unit: str) -> str:
     """A figure as people read it, without its unit unless that changes with its size."""
     if value is None:
         return "-"
+    if unit == "ms":
+        return f"{value * 1000:.1f}"
     if unit == "s":
         return f"{value:,.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3f}"
     if unit == "share":
@@ -188,6 +192,4 @@ def _range(found: Median, measure: Measure) -> str:
 
 
 def _seeds(comparison: Comparison) -> str:
-    if len(comparison.seeds) < 2:
-        return ""
-    return f"Medians over the seeds {', '.join(map(str, comparison.seeds))}, and the least and the most."
+    return f"Medians over the seeds {', '.join(map(str, comparison.seeds))}." if len(comparison.seeds) > 1 else ""

@@ -1,0 +1,53 @@
+"""`python -m kvatlas_loadtest.loads`: a load played to a server in real time, and reports of what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from kvatlas_loadtest.loads.document import BadDocument, load, merged
+from kvatlas_loadtest.loads.publish import publish
+from kvatlas_loadtest.loads.terminal import WIDTH
+
+EXIT_UNUSABLE = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.run(args))
+    except ImportError as error:
+        print(f"loads {args.command}: {error}; the page needs: pip install 'kvatlas[loadtest]'", file=sys.stderr)
+    except (BadDocument, OSError, ValueError) as error:
+        print(f"loads {args.command}: {error}", file=sys.stderr)
+    return EXIT_UNUSABLE
+
+
+def console() -> Console:
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kvatlas_loadtest.loads", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="tables, rows and page of what was measured before")
+    report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by `run` or `simulate`")
+    report.add_argument("--rows", type=Path, metavar="FILE", help="write what must hold as JSON")
+    report.add_argument("--html", type=Path, metavar="FILE", help="write the page")
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _report(args: argparse.Namespace) -> int:
+    document = merged([load(path) for path in args.files])
+    publish(document, console(), rows_to=args.rows, page_to=args.html)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
