@@ -11,27 +11,34 @@ After vLLM's `v1/core/sched/scheduler.py` (0.10.0 and 0.32), first come first se
 - events are handed out when the step is *complete*: a reset shows with the next step.
 
 No I/O, no clock: `schedule()` says what the step computes, whoever drives the engine lets that much time pass, and
-`complete()` says what came of it.
+`complete()` says what came of it. Where requests only decode, and nothing can be admitted, `coast()` does the same
+steps in a fraction of the time: who simulates hours needs it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from kvatlas_loadtest.block_pool import BlockPool, PoolVersion
-from kvatlas_loadtest.kv_events import BlockHash, ExtraKeys, KvEvent, Stored
+from kvatlas_loadtest.coasting import Coast
+from kvatlas_loadtest.kv_events import KvEvent, Stored
+from kvatlas_loadtest.sequences import EngineRequest, HashChain
 from kvatlas_loadtest.time_model import StepWork
 
-
-class HashChain(Protocol):
-    """Names the blocks of one prompt, front to back."""
-
-    def extend(self, token_ids: Sequence[int]) -> Sequence[BlockHash]:
-        """Hashes of the next blocks; `token_ids` are whole blocks, following those of the calls before."""
-        ...
+__all__ = [
+    "Counters",
+    "EngineCore",
+    "EngineFull",
+    "EngineLimits",
+    "EngineRequest",
+    "HashChain",
+    "PromptTooLong",
+    "Sampled",
+    "Step",
+    "StepResult",
+]
 
 
 class EngineFull(Exception):
@@ -63,38 +70,6 @@ class EngineLimits:
     def longest(self) -> int:
         """Tokens of prompt and answer one request may have: what the pool holds bounds it too."""
         return min(self.max_model_len, (self.num_blocks - 1) * self.block_size)
-
-
-@dataclass(slots=True, eq=False)
-class EngineRequest:
-    """One sequence. `sample(i)` is its i-th output token; it ends after `max_tokens` of them or one of `stop_ids`."""
-
-    id: str
-    prompt: Sequence[int]
-    max_tokens: int
-    chain: HashChain
-    sample: Callable[[int], int]
-    stop_ids: Collection[int] = ()
-    first_extra_keys: ExtraKeys = None  # of its first block, as events carry them
-    extra_keys: ExtraKeys = None  # of every other block
-    lora_name: str | None = None
-
-    # what the scheduler keeps
-    tokens: list[int] = field(init=False)
-    hashes: list[BlockHash] = field(default_factory=list, init=False)
-    blocks: list[int] = field(default_factory=list, init=False)
-    computed: int = field(default=0, init=False)
-    named: int = field(default=0, init=False)  # leading blocks that have their hash
-    cached_tokens: int | None = field(default=None, init=False)  # hit when first admitted
-    stopped: bool = field(default=False, init=False)
-    gone: bool = field(default=False, init=False)
-
-    def __post_init__(self) -> None:
-        self.tokens = list(self.prompt)
-
-    @property
-    def output(self) -> list[int]:
-        return self.tokens[len(self.prompt) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +119,7 @@ class EngineCore:
         self._pool = BlockPool(limits.num_blocks, limits.version, self._events)
         self._waiting: deque[EngineRequest] = deque()
         self._running: list[EngineRequest] = []
+        self._coast: Coast | None = None
 
     @property
     def running(self) -> int:
@@ -171,13 +147,16 @@ class EngineCore:
                 f"{len(request.prompt)} prompt tokens and {request.max_tokens} output tokens: "
                 f"at least one of each, and {self.limits.longest} together, are possible"
             )
-        self._name_new_blocks(request)
+        request.name_new_blocks(self.limits.block_size)
+        if not self._waiting:
+            self._land()  # it might be admitted with the next step
         self._waiting.append(request)
 
     def abort(self, request: EngineRequest) -> None:
         """Ends a request at once, wherever it is; a step under way brings nothing more for it."""
         if request.gone:
             return
+        self._land()
         if request in self._running:
             self._running.remove(request)
         else:
@@ -186,10 +165,12 @@ class EngineCore:
 
     def reset(self) -> bool:
         """Forgets the prefix cache; refused (False) while a request holds blocks. Published with the next step."""
+        self._land()
         return self._pool.reset()
 
     def schedule(self) -> Step | None:
         """The next step; None when there is nothing to compute."""
+        self._land()
         scheduled, budget, preempted = self._schedule_running(self.limits.max_num_batched_tokens)
         if not preempted:
             scheduled += self._admit(budget)
@@ -208,6 +189,49 @@ class EngineCore:
                 self.counters.finished += 1
                 self._retire(request)
         return StepResult(sampled, self.take_events())
+
+    def coast(self) -> Coast | None:
+        """Steps without prefill, admission or preemption, as long as there are any; None if the next is none.
+
+        The same coast is returned while it lasts. Whatever else is done with the engine ends it.
+        """
+        if self._coast is not None:
+            if self._coast.can_step():
+                return self._coast
+            self._land()
+        if not self._only_decodes() or (self._waiting and not self._head_is_stuck()):
+            return None
+        head = self._waiting[0] if self._waiting else None
+        watched = frozenset(head.hashes) if head else frozenset()
+        coast = Coast(
+            self._running, self._pool, self.limits.block_size, self._store, watched=watched, queue=head is not None
+        )
+        if not coast.can_step():
+            return None
+        self._coast = coast
+        return coast
+
+    def _only_decodes(self) -> bool:
+        if self.limits.computes_last_token or not 0 < len(self._running) < self.limits.max_num_batched_tokens:
+            return False
+        return all(request.is_decoding and not request.stop_ids for request in self._running)
+
+    def _head_is_stuck(self) -> bool:
+        """Whether the first that waits cannot be admitted until somebody finishes, or a block it would hit appears."""
+        if len(self._running) >= self.limits.max_num_seqs:
+            return True
+        if self.limits.version is PoolVersion.V0_10:
+            return False  # an eviction may shorten its hits, and with them what its first chunk needs
+        return self._fits(self._waiting[0]) is None
+
+    def _land(self) -> None:
+        """Ends the coast: requests stand where its steps have brought them."""
+        coast, self._coast = self._coast, None
+        if coast is None:
+            return
+        coast.settle()
+        self.counters.generated_tokens += coast.tokens
+        self.counters.finished += coast.finished
 
     def take_events(self) -> Sequence[KvEvent]:
         """The events since the last batch. `complete` takes them; between steps only a reset leaves any."""
@@ -238,13 +262,11 @@ class EngineCore:
         size = self.limits.block_size
         while self._waiting and budget > 0 and len(self._running) < self.limits.max_num_seqs:
             request = self._waiting[0]
-            hits = self._pool.find(request.hashes[: (len(request.tokens) - 1) // size])
+            hits = self._fits(request, budget)
+            if hits is None:
+                break
             cached = len(hits) * size
             count = min(len(request.tokens) - cached, budget)
-            must_fit = cached + count if self.limits.version is PoolVersion.V0_10 else len(request.tokens)
-            needed = -(-must_fit // size) - len(hits) + self._pool.unused(hits)
-            if needed > self._pool.free_blocks:
-                break
             self._waiting.popleft()
             self._running.append(request)
             self._pool.share(hits)
@@ -258,6 +280,16 @@ class EngineCore:
             scheduled.append((request, count))
             budget -= count
         return scheduled
+
+    def _fits(self, request: EngineRequest, budget: int = 1) -> list[int] | None:
+        """The cached blocks a waiting request would begin with; None if it cannot be admitted now."""
+        size = self.limits.block_size
+        hits = self._pool.find(request.hashes[: (len(request.tokens) - 1) // size])
+        must_fit = len(request.tokens)
+        if self.limits.version is PoolVersion.V0_10:
+            must_fit = min(must_fit, len(hits) * size + budget)
+        needed = -(-must_fit // size) - len(hits) + self._pool.unused(hits)
+        return hits if needed <= self._pool.free_blocks else None
 
     def _grow(self, request: EngineRequest, count: int) -> bool:
         """Gives `request` the blocks its next `count` tokens need and names those that become full, or does nothing."""
@@ -290,17 +322,11 @@ class EngineCore:
         made = len(request.tokens) - len(request.prompt)
         token_id = request.sample(made)
         request.tokens.append(token_id)
-        self._name_new_blocks(request)
+        request.name_new_blocks(self.limits.block_size)
         self.counters.generated_tokens += 1
         reason = "stop" if token_id in request.stop_ids else "length" if made + 1 >= request.max_tokens else None
         request.stopped = reason is not None
         return Sampled(request, token_id, reason)
-
-    def _name_new_blocks(self, request: EngineRequest) -> None:
-        size = self.limits.block_size
-        done, full = len(request.hashes), len(request.tokens) // size
-        if full > done:
-            request.hashes.extend(request.chain.extend(request.tokens[done * size : full * size]))
 
     def _preempt(self, request: EngineRequest) -> None:
         self.counters.preemptions += 1

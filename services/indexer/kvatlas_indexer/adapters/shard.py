@@ -157,7 +157,9 @@ class Shard:
         ran_out: list[str] = []
         for address, fence in list(self._fences.items()):
             lease = beat.leases.get(address)
-            if lease is None or (lease.shard == self.name and lease.fence != fence):  # or got unawares, by a late answer
+            if lease is None or (
+                lease.shard == self.name and lease.fence != fence
+            ):  # or got unawares, by a late answer
                 ran_out.append(address)
             elif lease.shard != self.name:
                 self._lose(address)

@@ -111,16 +111,23 @@ class KvIndex:
         known = self._known.get(engine)
         return self._commands(known, known.engine.on_connection(up, now)) if known else []
 
+    def on_message(self, engine: EngineId, message: Message, now: float) -> list[Command]:
+        """A message of a dialled engine that needs no decoding: simulated engines have no bytes."""
+        known = self._take(engine, now)
+        return self._commands(known, known.engine.on_message(message, now)) if known else []
+
     def on_replayed(self, engine: EngineId, seq: int, payload: bytes, now: float) -> list[Command]:
-        known = self._known.get(engine)
-        if known is None:
-            return []
         try:
             batch = decode_batch(payload)
         except MalformedBatch as error:  # its place in the sequence is taken all the same
             batch = EventBatch(0.0, None, (), (RejectedEvent(Rejection.MALFORMED, str(error)),))
-        message = Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch)
-        return self._commands(known, known.engine.on_replayed(message, now))
+        return self.on_replayed_message(
+            engine, Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch), now
+        )
+
+    def on_replayed_message(self, engine: EngineId, message: Message, now: float) -> list[Command]:
+        known = self._known.get(engine)
+        return self._commands(known, known.engine.on_replayed(message, now)) if known else []
 
     def on_replay_end(self, engine: EngineId, end: ReplayEnd, now: float) -> list[Command]:
         known = self._known.get(engine)

@@ -1,0 +1,387 @@
+"""A load in virtual time: the project's own index, routers and simulated engines, and a clock that is only a number.
+
+There is no wall clock and no chance but what the seed gives: the same settings give the same run, byte for byte.
+
+Time moves from one thing that happens *to* the engines to the next: a request, a crash, a restart. Before that, every
+engine does all steps it would have begun until then. Requests that follow an answer (closed loop) are sent at times
+nobody knows before the answer is there: as long as such an answer is under way, engines only go as far as the earliest
+time it might bring a new request. A step cannot be cut short, so what is seen of an engine (its scraped load, its
+crash) is at the end of the step under way.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from kvatlas_common.fleet import Health
+from kvatlas_common.matching import MatchAnswer
+from kvatlas_common.words import EngineId
+from kvatlas_loadtest.baselines.rules import Asked
+from kvatlas_loadtest.kv_events import KvEvent
+from kvatlas_loadtest.loads import oracle
+from kvatlas_loadtest.loads.arrivals import Arrival, checked
+from kvatlas_loadtest.loads.books import Books
+from kvatlas_loadtest.loads.naming import BlockNames, Named
+from kvatlas_loadtest.loads.outcomes import Outcome, Run, Sample
+from kvatlas_loadtest.loads.presets import PROFILE, REFERENCE, EnginePreset
+from kvatlas_loadtest.loads.routing import Decider, Decision, InFlight, Known, Sent, decider
+from kvatlas_loadtest.loads.virtual_engine import EngineLoad, VirtualEngine
+from kvatlas_loadtest.loads.virtual_index import VirtualIndex, Wires
+from kvatlas_loadtest.scheduler import EngineFull, EngineRequest, PromptTooLong
+
+ATTEMPTS = 3
+PROBED_S = 1.0  # until the index knows that an engine is down, or up again
+_IDLE = EngineLoad(0, 0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Crash:
+    """Engine number `engine` dies at `at_s`, and is back with an empty cache at `back_s`."""
+
+    engine: int
+    at_s: float
+    back_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a load is run on. `lost_share`: of the event messages, 0..1."""
+
+    engines: int = 8
+    routers: int = 1
+    seed: int = 1
+    event_delay_s: float = 0.005
+    scrape_s: float = 0.2
+    share_s: float = 0.05
+    lost_share: float = 0.0
+    replay: bool = True
+    crashes: tuple[Crash, ...] = ()
+    sample_s: float = 1.0
+    preset: EnginePreset = REFERENCE
+
+    def told(self) -> dict[str, float | int | str]:
+        """For the record of a run."""
+        return {
+            "engines": self.engines,
+            "routers": self.routers,
+            "event_delay_s": self.event_delay_s,
+            "scrape_s": self.scrape_s,
+            "share_s": self.share_s,
+            "lost_share": self.lost_share,
+            "replay": int(self.replay),
+            "crashes": ",".join(f"{c.engine}@{c.at_s:g}-{c.back_s:g}" for c in self.crashes),
+        }
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """One request on its way."""
+
+    index: int
+    router: int
+    sent_s: float
+    named: Named
+    asked: Asked
+    left: list[EngineId] = field(default_factory=list)  # engines still to be tried, best first
+    reason: str = ""
+    engine: EngineId | None = None
+    request: EngineRequest | None = None
+    uncached: int = 0
+    ticket: Sent | None = None
+    first_s: float | None = None
+    retries: int = -1
+
+
+class Simulation:
+    """One run. `on_progress(done, of)` is called now and then."""
+
+    def __init__(
+        self,
+        workload: str,
+        arrivals: Sequence[Arrival],
+        policy: str,
+        settings: Settings,
+        *,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._arrivals = checked(arrivals)
+        self._workload, self._policy, self._settings = workload, policy, settings
+        self._on_progress = on_progress
+        ids = [EngineId(f"10.0.{n // 250}.{n % 250 + 1}:8000") for n in range(settings.engines)]
+        preset = settings.preset
+        self.engines = {e: VirtualEngine(e, preset.limits, preset.time_model, self, settings.sample_s) for e in ids}
+        chance = random.Random(f"{settings.seed} wires").random
+        wires = Wires(chance, settings.event_delay_s, settings.lost_share, settings.replay)
+        self.index = VirtualIndex(ids, PROFILE, wires)
+        self._routers: list[Decider] = [
+            decider(policy, random.Random(f"{settings.seed} router {n}").random) for n in range(settings.routers)
+        ]
+        self._needs_index = self._routers[0].needs_index
+        self._books = Books(settings.routers, ids, settings.share_s)
+        self._names = BlockNames(PROFILE, arrivals)
+        self._named: list[Named | None] = [None] * len(arrivals)
+        self._followers: dict[int, list[int]] = {}
+        self._think_s = min((a.think_s for a in arrivals if a.after is not None), default=0.0)
+        for index, arrival in enumerate(arrivals):
+            if arrival.after is not None:
+                self._followers.setdefault(arrival.after, []).append(index)
+        self._stages = sorted({a.stage for a in arrivals})
+        self._stage_began = 0.0
+        self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
+        self._notes: list[tuple[float, int, Callable[[float], None]]] = []
+        self._counter = count()
+        self._flights: dict[EngineRequest, _Flight] = {}
+        self._awaited = 0  # requests in flight that others follow
+        self._loads: dict[EngineId, EngineLoad] = dict.fromkeys(ids, _IDLE)
+        self._scraped_at = 0.0
+        self._outcomes: list[Outcome] = []
+        self._samples: list[Sample] = []
+        self._ended_s = 0.0
+
+    def run(self) -> Run:
+        for crash in self._settings.crashes:
+            engine = list(self.engines.values())[crash.engine]
+            self._at(crash.at_s, lambda now, engine=engine: self._crash(engine, now))  # type: ignore[misc]
+            self._at(crash.back_s, lambda now, engine=engine: self._restart(engine, now))  # type: ignore[misc]
+        for stage in self._stages:
+            self._begin(stage)
+            done = len(self._outcomes) + sum(1 for a in self._arrivals if a.stage == stage)
+            while len(self._outcomes) < done:
+                self._go_on()
+        named = [self._name(index) for index in range(len(self._arrivals))]
+        outputs = [arrival.output_tokens for arrival in self._arrivals]
+        return Run(
+            policy=self._policy,
+            workload=self._workload,
+            seed=self._settings.seed,
+            outcomes=tuple(sorted(self._outcomes, key=lambda outcome: outcome.arrival)),
+            samples=tuple(self._samples),
+            oracle_cached_tokens=oracle.cached_tokens(named, outputs, PROFILE.block_size),
+            settings=self._settings.told(),
+        )
+
+    # -- time ---------------------------------------------------------------------------------------------------------
+
+    def _at(self, at_s: float, act: Callable[[float], None]) -> None:
+        heapq.heappush(self._agenda, (at_s, next(self._counter), act))
+
+    def _note(self, at_s: float, act: Callable[[float], None]) -> None:
+        """Something a router learns at a time: applied before it decides anything later."""
+        heapq.heappush(self._notes, (at_s, next(self._counter), act))
+
+    def _begin(self, stage: int) -> None:
+        self._stage_began = self._ended_s
+        for index, arrival in enumerate(self._arrivals):
+            if arrival.stage == stage and arrival.after is None:
+                self._expect(index, self._stage_began + arrival.at_s)
+
+    def _expect(self, index: int, at_s: float) -> None:
+        self._at(at_s, lambda now: self._arrive(index, now))
+
+    def _go_on(self) -> None:
+        """To the next thing that happens, or as far as is safe."""
+        due = self._agenda[0][0] if self._agenda else math.inf
+        until = due
+        if self._awaited:
+            soonest = min(engine.now for engine in self.engines.values() if engine.busy)
+            shortest = self._settings.preset.time_model.step_s / self._settings.preset.time_model.speed
+            until = min(until, soonest + shortest + self._think_s)
+        scrape = due // self._settings.scrape_s * self._settings.scrape_s if due < math.inf else 0.0
+        scrapes = self._scraped_at < scrape <= until
+        if scrapes:
+            until = scrape
+        for engine in self.engines.values():
+            engine.advance(until)
+        if scrapes:
+            self._scraped_at = scrape
+            self._loads = {e: engine.load if engine.up else _IDLE for e, engine in self.engines.items()}
+        if self._agenda and self._agenda[0][0] <= until:
+            at_s, _, act = heapq.heappop(self._agenda)
+            self._tell(at_s)
+            act(at_s)
+        if until < math.inf:
+            self.index.catch_up(until)
+
+    def _tell(self, now: float) -> None:
+        while self._notes and self._notes[0][0] <= now:
+            at_s, _, act = heapq.heappop(self._notes)
+            act(at_s)
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def _name(self, index: int) -> Named:
+        named = self._named[index]
+        if named is None:
+            named = self._named[index] = self._names.of(index)
+        return named
+
+    def _arrive(self, index: int, now: float) -> None:
+        named = self._name(index)
+        size = PROFILE.block_size
+        asked = Asked(named.prompt_tokens, named.lookup(size), self._arrivals[index].session, size)
+        flight = _Flight(index, index % self._settings.routers, now, named, asked)
+        views = [view for view in self.index.views() if view.health is not Health.DOWN]
+        answer = self.index.match(asked.keys, now) if self._needs_index else None
+        if views:
+            known = Known(
+                views, self._loads, self._books.own(flight.router), self._books.others(flight.router, now), answer
+            )
+            decision: Decision = self._routers[flight.router].choose(asked, known, now)
+            flight.left, flight.reason = list(decision.engines)[:ATTEMPTS], decision.reason
+        self._send(flight, answer, now)
+
+    def _send(self, flight: _Flight, answer: MatchAnswer | None, now: float) -> None:
+        """To the first engine left that takes it."""
+        router = self._routers[flight.router]
+        while flight.left:
+            engine = self.engines[flight.left.pop(0)]
+            flight.retries += 1
+            arrival = self._arrivals[flight.index]
+            prompt = [*flight.named.root, *[0] * (flight.named.prompt_tokens - len(flight.named.root))]
+            extra = (arrival.salt,) if arrival.salt else None
+            request = EngineRequest(
+                str(flight.index),
+                prompt[: flight.named.prompt_tokens],
+                arrival.output_tokens,
+                _Chain(flight.named.keys, PROFILE.block_size),
+                _no_token,
+                first_extra_keys=extra,
+            )
+            if not engine.up:
+                router.failed(engine.id, now)
+                continue
+            try:
+                engine.submit(request, now)
+            except PromptTooLong:
+                return self._end(flight, now, "prompt-too-long")
+            except EngineFull:
+                continue
+            self._flights[request] = flight
+            flight.engine, flight.request = engine.id, request
+            self._enter(flight, answer, now)
+            return None
+        return self._end(flight, now, "no-engine")
+
+    def _enter(self, flight: _Flight, answer: MatchAnswer | None, now: float) -> None:
+        assert flight.engine is not None
+        blocks = next((m.blocks for m in answer.matches if m.engine == flight.engine), 0) if answer else 0
+        flight.uncached = flight.asked.prompt_tokens - blocks * PROFILE.block_size
+        flight.ticket = self._routers[flight.router].sent(flight.asked, flight.engine, flight.uncached, now)
+        self._awaited += flight.index in self._followers
+        weight = InFlight(1, 1, flight.uncached, -(-flight.asked.prompt_tokens // PROFILE.block_size))
+        self._books.change(flight.router, flight.engine, weight, now)
+
+    def _leave(self, flight: _Flight, now: float) -> None:
+        """It is no longer in flight where it was."""
+        assert flight.engine is not None
+        assert flight.ticket is not None
+        assert flight.request is not None
+        flight.ticket.close(now, flight.request.cached_tokens or 0)
+        blocks = -(-flight.asked.prompt_tokens // PROFILE.block_size)
+        change = InFlight(-1, 0, 0, -blocks)
+        if flight.first_s is None:
+            change.add(InFlight(0, 1, flight.uncached), -1)
+        self._books.change(flight.router, flight.engine, change, now)
+
+    def _end(self, flight: _Flight, now: float, error: str = "") -> None:
+        request = flight.request
+        began = flight.first_s is not None
+        self._outcomes.append(
+            Outcome(
+                arrival=flight.index,
+                sent_s=round(flight.sent_s, 6),
+                first_token_s=None if flight.first_s is None else round(flight.first_s, 6),
+                finished_s=None if error and not began else round(now, 6),
+                engine=str(flight.engine) if flight.engine and request else None,
+                prompt_tokens=flight.asked.prompt_tokens,
+                cached_tokens=(request.cached_tokens or 0) if request else 0,
+                output_tokens=len(request.output) if request else 0,
+                error=error,
+                reason=flight.reason,
+                retries=max(flight.retries, 0),
+            )
+        )
+        self._ended_s = max(self._ended_s, now)
+        for follower in self._followers.get(flight.index, ()):
+            after = self._arrivals[follower]
+            self._expect(follower, max(now + after.think_s, self._stage_began + after.at_s))
+        if self._on_progress is not None and len(self._outcomes) % 200 == 0:
+            self._on_progress(len(self._outcomes), len(self._arrivals))
+
+    # -- what engines report ------------------------------------------------------------------------------------------
+
+    def published(self, engine: VirtualEngine, at_s: float, events: Sequence[KvEvent]) -> None:
+        if self._needs_index:
+            self.index.publish(engine.id, at_s, events)
+
+    def first_token(self, request: EngineRequest, at_s: float) -> None:
+        flight = self._flights[request]
+        flight.first_s = at_s
+        self._note(at_s, lambda now: self._started(flight, now))
+
+    def _started(self, flight: _Flight, now: float) -> None:
+        assert flight.engine is not None
+        assert flight.ticket is not None
+        flight.ticket.started(now)
+        self._books.change(flight.router, flight.engine, InFlight(0, -1, -flight.uncached), now)
+
+    def finished(self, request: EngineRequest, at_s: float) -> None:
+        flight = self._flights.pop(request)
+        self._awaited -= flight.index in self._followers
+        self._note(at_s, lambda now: self._leave(flight, now))
+        self._end(flight, at_s)
+
+    def sampled(self, sample: Sample) -> None:
+        self._samples.append(sample)
+
+    # -- faults -------------------------------------------------------------------------------------------------------
+
+    def _crash(self, engine: VirtualEngine, now: float) -> None:
+        moment = max(now, engine.now)
+        lost = engine.crash()
+        self.index.crashed(engine.id)
+        self._at(now + PROBED_S, lambda at: self._probe(engine, at))
+        for request in lost:
+            flight = self._flights.pop(request)
+            self._awaited -= flight.index in self._followers
+            self._at(moment, lambda at, flight=flight: self._cut(flight, at))  # type: ignore[misc]
+
+    def _cut(self, flight: _Flight, now: float) -> None:
+        """Its engine has died: before the first token it is tried elsewhere, afterwards the answer is cut."""
+        assert flight.engine is not None
+        self._routers[flight.router].failed(flight.engine, now)
+        self._leave(flight, now)
+        if flight.first_s is not None:
+            self._end(flight, now, "cut")
+        else:
+            self._send(flight, None, now)
+
+    def _restart(self, engine: VirtualEngine, now: float) -> None:
+        engine.restart(now)
+        self._at(now + PROBED_S, lambda at: self._probe(engine, at))
+
+    def _probe(self, engine: VirtualEngine, now: float) -> None:
+        self.index.health(engine.id, Health.READY if engine.up else Health.DOWN, now)
+
+
+class _Chain:
+    """Hands out the names of a prompt and its answer."""
+
+    __slots__ = ("_at", "_keys", "_size")
+
+    def __init__(self, keys: Sequence[int], size: int) -> None:
+        self._keys, self._size, self._at = keys, size, 0
+
+    def extend(self, token_ids: Sequence[int]) -> Sequence[int]:
+        first = self._at
+        self._at += len(token_ids) // self._size
+        return self._keys[first : self._at]
+
+
+def _no_token(_: int) -> int:
+    return 0
