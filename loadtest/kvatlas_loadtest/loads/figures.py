@@ -17,7 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from math import floor, log
+from math import floor
 
 from kvatlas_loadtest.loads.outcomes import Outcome, Run, Sample
 from kvatlas_loadtest.percentiles import percentile
@@ -25,7 +25,7 @@ from kvatlas_loadtest.percentiles import percentile
 QUANTILES = tuple(n / 100 for n in range(1, 101))
 TIMELINE_POINTS = 120
 RATE_WINDOWS = 60
-RATE_STEP = 1.25  # rates within a step of this ratio are one
+RATE_POINTS = 12
 PILED_LOAD = 1.5
 SHED = ("status 429", "shed")
 """Errors that say: not now. A server that protects itself is not one that failed."""
@@ -246,7 +246,7 @@ def _timeline(samples: Sequence[Sample]) -> tuple[QueuePoint, ...]:
 
 
 def _rates(outcomes: Sequence[Outcome]) -> tuple[RatePoint, ...]:
-    """Times by how many came a second: of windows of the load, those of about the same rate together."""
+    """Times by how many came a second: windows of the load, from the slowest to the fastest, in `RATE_POINTS` parts."""
     last = max((o.sent_s for o in outcomes), default=0.0)
     if last <= 0:
         return ()
@@ -255,8 +255,10 @@ def _rates(outcomes: Sequence[Outcome]) -> tuple[RatePoint, ...]:
     for outcome in outcomes:
         windows[min(int(outcome.sent_s / length), RATE_WINDOWS - 1)].append(outcome)
     steps: dict[int, list[list[Outcome]]] = defaultdict(list)
-    for those in windows.values():
-        steps[round(log(len(those) / length, RATE_STEP))].append(those)
+    before = 0
+    for those in sorted(windows.values(), key=len):
+        steps[before * RATE_POINTS // len(outcomes)].append(those)
+        before += len(those)
     return tuple(
         RatePoint(
             step=step,

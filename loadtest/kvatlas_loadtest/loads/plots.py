@@ -1,6 +1,6 @@
 """The figures of a comparison as PNG, in one style: a policy has the same colour and line in all of them.
 
-Solid lines are the project's own policies, dashed ones the rules of others; what is precise is drawn last and thickest.
+Solid lines are the project's own policies, dashed ones the rules of others, dotted ones the same tuned otherwise; what is precise is drawn last and thickest.
 Each figure has one panel per workload, and is drawn twice, on a light and on a dark ground.
 """
 
@@ -23,14 +23,15 @@ from kvatlas_loadtest.loads.figures import QUANTILES, Figures, Spread
 DPI = 110
 WIDTH_IN = 11.0
 ACROSS = 3
-RATES_MIN = 4  # a load at fewer rates shows nothing over them
+RATES_APART = 2.0  # a load whose rates differ by less shows nothing over them
 
-SOLID, DASHED = "-", (0, (4, 1.5))
+SOLID, DASHED, DOTTED = "-", (0, (4, 1.5)), (0, (1, 1.2))
 _LINES: dict[str, tuple[str, str | tuple[int, tuple[float, float]]]] = {
     "precise": ("#2f7ff0", SOLID),
     "estimate": ("#12a594", SOLID),
     "session": ("#5a9e2f", SOLID),
     "consistent-hash": ("#b8860b", SOLID),
+    "bounded-hash": ("#b8860b", SOLID),
     "least-load": ("#f0812f", SOLID),
     "power-of-two": ("#d9534f", SOLID),
     "round-robin": ("#a58b7b", SOLID),
@@ -87,7 +88,7 @@ def plots(comparison: Comparison) -> Iterator[Plot]:
 
 def _drawings(comparison: Comparison) -> list[_Drawing]:
     everywhere, bars_in = comparison.workloads, 0.55 + 0.21 * len(comparison.policies)
-    stepped = [w for w in everywhere if any(len(f.rates) >= RATES_MIN for f in _runs(comparison, w))]
+    stepped = [w for w in everywhere if any(map(_of_many_rates, _runs(comparison, w)))]
     queued = [w for w in everywhere if any(f.queue for f in _runs(comparison, w))]
 
     def bars(measure: Measure) -> Callable[[Axes, str, Ground], None]:
@@ -242,6 +243,11 @@ def _over_rate(axes: Axes, comparison: Comparison, workload: str) -> None:
     axes.set_xlim(left=0)
 
 
+def _of_many_rates(run: Figures) -> bool:
+    rates = [point.per_s for point in run.rates]
+    return len(rates) > 2 and max(rates) > RATES_APART * min(rates)
+
+
 def _rates(runs: Sequence[Figures]) -> list[tuple[float, float]]:
     """(rate, P90), the median over seeds at each rate."""
     at: dict[int, list[tuple[float, Spread]]] = {}
@@ -294,7 +300,12 @@ def _colour(policy: str, policies: Sequence[str]) -> str:
 
 
 def _line(policy: str, policies: Sequence[str]) -> dict[str, Any]:
-    """Of a policy not known here, or of one tuned otherwise (`llm-d tuned`): the next of the spare colours, dashed."""
-    others = [name for name in policies if name not in _LINES]
-    colour, style = _LINES.get(policy) or (_OTHERS[others.index(policy) % len(_OTHERS)], DASHED)
+    """One tuned otherwise (`llm-d tuned`) has the colour of the policy it is, dotted; an unknown one a spare colour."""
+    if policy in _LINES:
+        colour, style = _LINES[policy]
+    elif known := next((name for name in _LINES if policy.startswith(name)), None):
+        colour, style = _LINES[known][0], DOTTED
+    else:
+        others = [name for name in policies if name not in _LINES]
+        colour, style = _OTHERS[others.index(policy) % len(_OTHERS)], SOLID
     return {"color": colour, "linestyle": style, "linewidth": 2.6 if policy == "precise" else 1.4}

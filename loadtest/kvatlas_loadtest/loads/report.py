@@ -50,13 +50,17 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """`headings`: one per column, the first of which names the row. `detail`: for whoever looks closer."""
+    """`headings`: one per column, the first of which names the row. `worded`: those of columns without figures.
+
+    `detail`: for whoever looks closer.
+    """
 
     title: str
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     note: str = ""
     detail: bool = False
+    worded: tuple[str, ...] = ()
 
 
 def tables(comparison: Comparison) -> list[Table]:
@@ -87,6 +91,7 @@ def overall(comparison: Comparison) -> Table:
         ("policy", *(f"{_headed(m)}" for m in measures), "lowest P90 TTFT on"),
         tuple(rows),
         "Geometric means of the medians over seeds.",
+        worded=("lowest P90 TTFT on",),
     )
 
 
@@ -132,6 +137,7 @@ def checks(rows: Sequence[Row]) -> Table:
         ("", "value", "unit", "budget", "within", "beside", "its value"),
         tuple(_check(row) for row in rows),
         "Without a budget: told, not held.",
+        worded=("unit", "within", "beside"),
     )
 
 
