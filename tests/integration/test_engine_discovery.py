@@ -20,11 +20,11 @@ from pydantic import SecretStr
 from kvatlas_common.engines.discovery import watch
 from kvatlas_common.engines.probe import AskFailed, CacheConfig, EngineFacts, ProbePlan, Prober, open_session, tokenize
 from kvatlas_common.engines.specs import parse_engine, parse_source
-from kvatlas_common.fleet import Adapter, Health
+from kvatlas_common.fleet import Adapter, Health, Load
 from kvatlas_common.words import EngineId
 
 METRICS = Path(__file__).parents[1] / "data" / "metrics" / "vllm-0.32-b32.txt.gz"
-QUICK = ProbePlan(0.01, 0.01, 0.01, 0.01, 0.02, timeout_s=0.3)
+QUICK = ProbePlan(0.01, 0.01, 0.01, 0.01, 0.02, 0.02, timeout_s=0.3)
 DEADLINE_S = 10
 
 
@@ -121,6 +121,7 @@ class Reports:
 
     def __init__(self) -> None:
         self.last: dict[EngineId, EngineFacts] = {}
+        self.loads: dict[EngineId, Load] = {}
         self.count = 0
         self._news = asyncio.Event()
 
@@ -128,6 +129,20 @@ class Reports:
         self.last[facts.id] = facts
         self.count += 1
         self._news.set()
+
+    def take_load(self, engine: EngineId, load: Load) -> None:
+        self.loads[engine] = load
+        self.count += 1
+        self._news.set()
+
+    async def until_load(self, address: str, holds: Callable[[Load], bool]) -> Load:
+        async with asyncio.timeout(DEADLINE_S):
+            while True:
+                load = self.loads.get(EngineId.parse(address))
+                if load is not None and holds(load):
+                    return load
+                self._news.clear()
+                await self._news.wait()
 
     async def until(self, address: str, holds: Callable[[EngineFacts], bool]) -> EngineFacts:
         async with asyncio.timeout(DEADLINE_S):
@@ -143,7 +158,15 @@ class Reports:
 async def probing(reports: Reports, plan: ProbePlan = QUICK) -> AsyncIterator[Prober]:
     async with (
         open_session() as session,
-        Prober(session, reports.take, clock=time.monotonic, wall=time.time, rng=random.Random(1), plan=plan) as prober,
+        Prober(
+            session,
+            reports.take,
+            reports.take_load,
+            clock=time.monotonic,
+            wall=time.time,
+            rng=random.Random(1),
+            plan=plan,
+        ) as prober,
     ):
         yield prober
 
@@ -199,8 +222,10 @@ async def test_a_well_engine_is_known_completely_and_reported_once(filters: bool
             b'vllm:num_requests_running{engine="0",model_name="tiny"} 0.0',
             b'vllm:num_requests_running{engine="0",model_name="tiny"} 7.0',
         )
-        facts = await reports.until(engine.address, lambda f: f.load.running == 7)
-        assert abs(facts.load.scraped_at - time.time()) < 5
+        load = await reports.until_load(engine.address, lambda found: found.running == 7)
+        assert abs(load.scraped_at - time.time()) < 5
+        engine.page = engine.page.replace(b"} 7.0", b"} 0.0")
+        await reports.until_load(engine.address, lambda found: found.running == 0)
         told, before = reports.count, engine.asked["/health"]
         await engine.asked_times("/health", before + 5)
         assert reports.count == told

@@ -12,14 +12,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvatlas_common import wire
-from kvatlas_common.fleet import EngineView, Fleet, Health, Sync
+from kvatlas_common.fleet import EngineView, Fleet, Health, InFlight, Load, Sync
 from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as pb_grpc
 from kvatlas_common.words import KEY_MASK, EngineId, Medium
 from kvatlas_indexer.adapters.addresses import AddressUnavailable
-from kvatlas_indexer.adapters.grpc_server import PROFILES_MAX, SERVICE, GrpcOptions, GrpcServer
+from kvatlas_indexer.adapters.grpc_server import PROFILES_MAX, ROUTER_METADATA, SERVICE, GrpcOptions, GrpcServer
 from kvatlas_indexer.core.contracts import FleetDelta, UnknownModel
 
 DEADLINE_S = 10.0
@@ -35,19 +35,27 @@ class KnownAnswers:
         self.asked: list[tuple[str, dict[str, list[int]], tuple[EngineId, ...]]] = []
         self.deltas: asyncio.Queue[FleetDelta] = asyncio.Queue()
         self.watch_closed = asyncio.Event()
+        self.estimated = False
+        self.watched_by: list[str] = []
         self.being_asked = asyncio.Event()
         self.may_answer = asyncio.Event()
         self.may_answer.set()
 
     async def match(
-        self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
+        self,
+        model: str,
+        prompts: Mapping[str, Sequence[int]],
+        engines: Collection[EngineId] = (),
+        *,
+        estimate: bool = False,
     ) -> MatchAnswer:
         if model != "m":
             raise UnknownModel(model)
         self.asked.append((model, {p: list(keys) for p, keys in prompts.items()}, tuple(engines)))
+        self.estimated = estimate
         self.being_asked.set()
         await self.may_answer.wait()
-        match = EngineMatch(FIRST, 3, {Medium.GPU: 2, Medium.CPU: 1}, exact=True, doubtful=1)
+        match = EngineMatch(FIRST, 3, {Medium.GPU: 2, Medium.CPU: 1}, exact=True, doubtful=1, expected=5)
         return MatchAnswer((match,), (SECOND,))
 
     async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:
@@ -56,7 +64,11 @@ class KnownAnswers:
     def fleet(self) -> Fleet:
         return Fleet()
 
-    async def watch(self) -> AsyncIterator[FleetDelta]:
+    def load(self, engine: EngineId) -> Load:
+        return Load()
+
+    async def watch(self, router: str = "") -> AsyncIterator[FleetDelta]:
+        self.watched_by.append(router)
         try:
             while True:
                 yield await self.deltas.get()
@@ -64,18 +76,35 @@ class KnownAnswers:
             self.watch_closed.set()
 
 
+class Heard:
+    """What routers report, and who."""
+
+    def __init__(self) -> None:
+        self.observations: list[Observation] = []
+        self.routers: list[tuple[str, str]] = []
+
+    def joined(self, router: str) -> None:
+        self.routers.append(("joined", router))
+
+    def reported(self, router: str, observation: Observation) -> None:
+        self.observations.append(observation)
+
+    def left(self, router: str) -> None:
+        self.routers.append(("left", router))
+
+
 class Running:
-    def __init__(self, index: KnownAnswers, observed: list[Observation], server: GrpcServer, port: int) -> None:
-        self.index, self.observed, self.server, self.port = index, observed, server, port
+    def __init__(self, index: KnownAnswers, heard: Heard, server: GrpcServer, port: int) -> None:
+        self.index, self.heard, self.server, self.port = index, heard, server, port
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}")
         self.stub = pb_grpc.KvIndexStub(self.channel)  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture
 async def running() -> AsyncIterator[Running]:
-    index, observed = KnownAnswers(), list[Observation]()
-    server = GrpcServer(index, observed.append, GrpcOptions(keys_max=KEYS_MAX))
-    running = Running(index, observed, server, await server.start("127.0.0.1", 0))
+    index, heard = KnownAnswers(), Heard()
+    server = GrpcServer(index, heard, GrpcOptions(keys_max=KEYS_MAX))
+    running = Running(index, heard, server, await server.start("127.0.0.1", 0))
     yield running
     await running.channel.close()
     await server.stop(0)
@@ -87,6 +116,9 @@ async def test_a_lookup_reaches_the_index_and_its_answer_the_router(running: Run
     answer = wire.match_answer(await running.stub.Match(request))
     assert running.index.asked == [("m", {PROFILE: keys, "other": []}, (FIRST,))]
     assert answer == await KnownAnswers().match("m", {})
+    assert not running.index.estimated
+    await running.stub.Match(wire.match_request("m", {PROFILE: keys}, estimate=True))
+    assert running.index.estimated
 
 
 PROMPT = pb.PromptKeys(profile=PROFILE, keys=bytes(8))
@@ -142,6 +174,8 @@ async def test_a_lookup_of_the_largest_size_is_answered(running: Running) -> Non
 async def test_the_fleet_comes_as_it_changes(running: Running) -> None:
     view = EngineView(FIRST, "http://10.0.0.1:8000", health=Health.READY, sync=Sync.INEXACT, inexact_reason="a gap")
     deltas = [FleetDelta(snapshot=True, changed=(view,)), FleetDelta(snapshot=False, removed=(FIRST, SECOND))]
+    load = Load(3, 1, 0.5, 1_700_000_000.0, frozenset({"sql"}), InFlight(1, 700, 2))
+    deltas.append(FleetDelta(snapshot=False, loads=((FIRST, load),)))
     for delta in deltas:
         running.index.deltas.put_nowait(delta)
     watch = running.stub.WatchFleet(pb.WatchFleetRequest(router="r1"))
@@ -150,7 +184,10 @@ async def test_the_fleet_comes_as_it_changes(running: Running) -> None:
     assert [(u.snapshot, [wire.engine_view(e) for e in u.engines], list(u.removed)) for u in updates] == [
         (True, [view], []),
         (False, [], [str(FIRST), str(SECOND)]),
+        (False, [], []),
     ]
+    assert [wire.engine_load(message) for message in updates[2].loads] == [(FIRST, load)]
+    assert running.index.watched_by == ["r1"]
     watch.cancel()
     async with asyncio.timeout(DEADLINE_S):
         await running.index.watch_closed.wait()  # the index hears that nobody watches any more
@@ -165,8 +202,10 @@ async def test_observations_are_handed_on_and_the_odd_one_skipped(running: Runni
     ]
     messages = [wire.observation_message(o) for o in observations]
     odd = pb.Observation(request_id="r-2", engine=str(FIRST), finished=pb.Finished(outcome="a word of tomorrow"))
-    summary = await running.stub.Observe(iter([messages[0], odd, pb.Observation(), *messages[1:]]))
-    assert running.observed == observations
+    sent = iter([messages[0], odd, pb.Observation(), *messages[1:]])
+    summary = await running.stub.Observe(sent, metadata=((ROUTER_METADATA, "r1"),))
+    assert running.heard.observations == observations
+    assert running.heard.routers == [("joined", "r1"), ("left", "r1")]
     assert summary.received == 5
     assert (running.server.observed.received, running.server.observed.refused) == (5, 2)
 
@@ -213,7 +252,7 @@ async def test_a_drain_ends_endless_streams_at_once_and_answers_lookups(running:
 
 
 async def test_a_port_in_use_is_named_with_the_cure(running: Running) -> None:
-    second = GrpcServer(running.index, running.observed.append)
+    second = GrpcServer(running.index, running.heard)
     with pytest.raises(AddressUnavailable, match=rf"gRPC on 127\.0\.0\.1:{running.port}: .*in use.*--grpc-listen"):
         await second.start("127.0.0.1", running.port)
     await second.stop(0)
@@ -223,6 +262,6 @@ async def test_the_port_given_is_the_port_served() -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
-    server = GrpcServer(KnownAnswers(), lambda _: None)
+    server = GrpcServer(KnownAnswers(), Heard())
     assert await server.start("127.0.0.1", port) == port
     await server.stop(0)

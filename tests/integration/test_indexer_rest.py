@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter
 from kvatlas_common.blocks.extras import Lora, PromptExtras
 from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import HashProfile
-from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health, Load, Sync
+from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health, InFlight, Load, Sync
 from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
 from kvatlas_common.words import KEY_MASK, EngineId, Medium
 from kvatlas_indexer.adapters.addresses import AddressUnavailable
@@ -39,12 +39,13 @@ EXACT = view(
     models=frozenset({"m", "sql"}),
     adapters=(Adapter("sql", "/adapters/sql", 1),),
     health=Health.READY,
-    load=Load(3, 1, 0.5, 1_700_000_000.0),
     profile=NEW,
     profile_verified=True,
     block_size=16,
     sync=Sync.EXACT,
+    kv_tokens=65_536,
 )
+LOAD = Load(3, 1, 0.5, 1_700_000_000.0, frozenset({"sql"}), InFlight(1, 700, 2))
 UNKNOWN = view(SECOND)
 
 
@@ -54,19 +55,25 @@ class KnownAnswers:
     def __init__(self) -> None:
         self.views = [EXACT, UNKNOWN]
         self.asked: list[tuple[str, dict[str, list[int]], tuple[EngineId, ...]]] = []
-        self.broken = False
+        self.broken = self.estimated = False
         self.ready = True
 
     async def match(
-        self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
+        self,
+        model: str,
+        prompts: Mapping[str, Sequence[int]],
+        engines: Collection[EngineId] = (),
+        *,
+        estimate: bool = False,
     ) -> MatchAnswer:
         if self.broken:
             raise RuntimeError("a bug, with a secret in it")
         if not self.fleet().serving(model):
             raise UnknownModel(model)
         self.asked.append((model, {name: list(keys) for name, keys in prompts.items()}, tuple(engines)))
+        self.estimated = estimate
         few = EngineMatch(FIRST, 1, {Medium.GPU: 1}, exact=True)
-        many = EngineMatch(THIRD, 3, {Medium.GPU: 2, Medium.CPU: 1}, exact=False, doubtful=2)
+        many = EngineMatch(THIRD, 3, {Medium.GPU: 2, Medium.CPU: 1}, exact=False, doubtful=2, expected=5)
         return MatchAnswer((few, many), (SECOND,))
 
     async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:
@@ -78,7 +85,10 @@ class KnownAnswers:
     def fleet(self) -> Fleet:
         return Fleet.of(self.views)
 
-    async def watch(self) -> AsyncIterator[FleetDelta]:
+    def load(self, engine: EngineId) -> Load:
+        return LOAD if engine == FIRST else Load()
+
+    async def watch(self, router: str = "") -> AsyncIterator[FleetDelta]:
         yield FleetDelta(snapshot=True)
 
 
@@ -123,13 +133,21 @@ async def test_engines_with_all_that_is_known(client: Client) -> None:
         "adapters": [{"name": "sql", "path": "/adapters/sql", "number": 1}],
         "root": None,
         "health": "ready",
-        "load": {"running": 3, "waiting": 1, "kv_usage": 0.5, "scraped_at": 1_700_000_000.0},
+        "load": {
+            "running": 3,
+            "waiting": 1,
+            "kv_usage": 0.5,
+            "scraped_at": 1_700_000_000.0,
+            "loras": ["sql"],
+            "in_flight": {"prefilling": 1, "prefill_tokens": 700, "decoding": 2},
+        },
         "profile": NEW,
         "profile_verified": True,
         "block_size": 16,
         "sync": "exact",
         "inexact_reason": "",
         "max_model_len": None,
+        "kv_tokens": 65_536,
         "blocks": {"gpu": 7, "cpu": 2},
     }
     assert (unknown["id"], unknown["blocks"], unknown["load"]["scraped_at"]) == ("10.0.0.1:8000/dp1", None, None)

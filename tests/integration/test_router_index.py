@@ -91,7 +91,7 @@ async def test_empty_is_a_prediction_and_unknown_is_none() -> None:
         assert (headers["x-kvatlas-reason"], headers["x-kvatlas-cached-tokens"]) == ("precise", "0")
         indexer.match = saying(unknown=(one, two))
         _, headers, _ = await run.post("/v1/completions", TOKENS)
-        assert headers["x-kvatlas-reason"] == "load:unknown-engines"
+        assert headers["x-kvatlas-reason"] == "estimate:unknown-engines"
         assert "x-kvatlas-cached-tokens" not in headers
 
 
@@ -205,8 +205,12 @@ async def test_a_decision_is_explained_in_full() -> None:
         assert (said["engine"], said["reason"], said["prompt_tokens"]) == (two, "precise", 100)
         assert said["token_ids"] == IDS
         assert len(said["keys"][PROFILE]) == 6
-        weighed = {e["engine"]: (e["matched_blocks"], e["cached_tokens"], e["cost"]) for e in said["engines"]}
+        weighed = {
+            e["engine"]: (e["matched_blocks"], e["cached_tokens"], e["tokens_to_compute"]) for e in said["engines"]
+        }
         assert weighed == {two: (5, 80, 20), one: (3, 48, 52)}
+        assert [e["cost_ms"] for e in said["engines"]] == sorted(e["cost_ms"] for e in said["engines"])
+        assert set(said["engines"][0]["cost"]) == {"queue_ms", "compute_ms", "transfer_ms", "decode_ms", "others_ms"}
 
 
 async def test_a_model_the_index_does_not_know_goes_by_affinity() -> None:

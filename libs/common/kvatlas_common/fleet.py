@@ -41,18 +41,36 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
+class InFlight:
+    """Requests that routers have in flight at an engine.
+
+    `prefilling`: those without a first token; `prefill_tokens`: their prompt tokens not expected in the cache.
+    """
+
+    prefilling: int = 0
+    prefill_tokens: int = 0
+    decoding: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
-    """An engine's own figures, scraped from `/metrics`. `kv_usage` is 0..1; `scraped_at` in seconds since the epoch."""
+    """What is known of an engine's load: its own figures from `/metrics`, and what other routers have in flight there.
+
+    `kv_usage` is 0..1; `scraped_at` in seconds since the epoch, 0 where the figures are not known; `loras`: adapters
+    that requests run with or wait for.
+    """
 
     running: int = 0
     waiting: int = 0
     kv_usage: float = 0.0
     scraped_at: float = 0.0
+    loras: frozenset[str] = frozenset()
+    others: InFlight = InFlight()
 
 
 @dataclass(frozen=True, slots=True)
 class EngineView:
-    """What is known of one engine (one rank)."""
+    """What is known of one engine (one rank), but for its load: that changes all the time, and goes beside it."""
 
     id: EngineId
     url: str  # base URL of its HTTP API, without a trailing slash
@@ -60,17 +78,27 @@ class EngineView:
     adapters: tuple[Adapter, ...] = ()
     root: str | None = None  # path or hub name of the model's files, as `/v1/models` gives it
     health: Health = Health.UNKNOWN
-    load: Load = Load()
     profile: str | None = None  # `HashProfile.name` its keys are made with; None: not known yet
     profile_verified: bool = False
     block_size: int | None = None
     sync: Sync = Sync.UNKNOWN
     inexact_reason: str = ""
     max_model_len: int | None = None
+    kv_tokens: int | None = None  # what its gpu cache can hold
+    labels: tuple[tuple[str, str], ...] = ()  # sorted by name: what its operator calls it
+
+    @property
+    def known_empty(self) -> bool:
+        """Every event of it is known, and it has stored nothing yet: so nothing shows its profile."""
+        return self.profile is None and self.sync is Sync.EXACT
 
     def serves(self, model: str) -> bool:
         """True too while the engine's model names are not known: it may."""
         return not self.models or model in self.models
+
+    def labelled(self, wanted: Iterable[tuple[str, str]]) -> bool:
+        """Whether it has all of these labels."""
+        return all(label in self.labels for label in wanted)
 
     def adapter(self, model: str) -> Adapter | None:
         return next((a for a in self.adapters if a.name == model), None)

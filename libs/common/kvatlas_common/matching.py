@@ -13,7 +13,9 @@ class EngineMatch(NamedTuple):
     """How many leading blocks of a prompt one engine would serve from its cache.
 
     `media` says where they are (it sums to `blocks`); `doubtful`, how many of them rest on entries that a lost message
-    has put in doubt. A tuple because a lookup makes one per engine, and a frozen dataclass takes three times as long.
+    has put in doubt; `expected` (>= `blocks`), how many it would serve when what was routed there lately, and is not
+    confirmed by events yet, is counted as held. A tuple because a lookup makes one per engine, and a frozen dataclass
+    takes three times as long.
     """
 
     engine: EngineId
@@ -21,11 +23,15 @@ class EngineMatch(NamedTuple):
     media: Mapping[Medium, int]
     exact: bool
     doubtful: int = 0
+    expected: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class MatchAnswer:
-    """`matches` lists only engines that hold something; `unknown`, those of whose cache nothing can be said."""
+    """`matches` lists only engines that hold something or are expected to.
+
+    `unknown`: those of whose cache nothing can be said.
+    """
 
     matches: tuple[EngineMatch, ...] = ()
     unknown: tuple[EngineId, ...] = ()

@@ -24,7 +24,10 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """The request was sent to `engine`. `keys`: hash profile name -> the prompt's uint64 block keys, in order."""
+    """The request was sent to `engine`. `keys`: hash profile name -> the prompt's uint64 block keys, in order.
+
+    `again`: it was in flight when the router began to report to this shard, which may have been told before.
+    """
 
     request_id: str
     engine: EngineId
@@ -32,6 +35,7 @@ class Routed:
     prompt_tokens: int
     predicted_cached_tokens: int
     keys: Mapping[str, Sequence[int]]
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvatlas_common.fleet import Adapter, EngineView, Health, Load, Sync
+from kvatlas_common.fleet import Adapter, EngineView, Health, InFlight, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
@@ -32,19 +32,30 @@ def unpack_keys(packed: bytes) -> list[int]:
 
 
 def match_request(
-    model: str, prompts: Mapping[str, Sequence[int] | np.ndarray[Any, Any]], engines: Iterable[EngineId] = ()
+    model: str,
+    prompts: Mapping[str, Sequence[int] | np.ndarray[Any, Any]],
+    engines: Iterable[EngineId] = (),
+    *,
+    estimate: bool = False,
 ) -> pb.MatchRequest:
     return pb.MatchRequest(
         model=model,
         prompts=[pb.PromptKeys(profile=profile, keys=pack_keys(keys)) for profile, keys in prompts.items()],
         engines=[str(e) for e in engines],
+        estimate=estimate,
     )
 
 
 def match_response(answer: MatchAnswer) -> pb.MatchResponse:
     message = pb.MatchResponse(unknown=[str(e) for e in answer.unknown])
     for m in answer.matches:  # added in place: half the time of building the parts first
-        engine = message.engines.add(engine=str(m.engine), blocks=m.blocks, exact=m.exact, doubtful=m.doubtful)
+        engine = message.engines.add(
+            engine=str(m.engine),
+            blocks=m.blocks,
+            exact=m.exact,
+            doubtful=m.doubtful,
+            expected=max(m.expected, m.blocks),
+        )
         for medium, blocks in m.media.items():
             engine.media.add(medium=medium, blocks=blocks)
     return message
@@ -54,7 +65,12 @@ def match_answer(message: pb.MatchResponse) -> MatchAnswer:
     return MatchAnswer(
         tuple(
             EngineMatch(
-                _engine_id(m.engine), m.blocks, {Medium(x.medium): x.blocks for x in m.media}, m.exact, m.doubtful
+                _engine_id(m.engine),
+                m.blocks,
+                {Medium(x.medium): x.blocks for x in m.media},
+                m.exact,
+                m.doubtful,
+                m.expected,
             )
             for m in message.engines
         ),
@@ -70,18 +86,14 @@ def engine_message(view: EngineView) -> pb.Engine:
         adapters=[pb.Adapter(name=a.name, path=a.path, number=a.number) for a in view.adapters],
         root=view.root,
         health=view.health,
-        load=pb.Load(
-            running=view.load.running,
-            waiting=view.load.waiting,
-            kv_usage=view.load.kv_usage,
-            scraped_at=view.load.scraped_at,
-        ),
         profile=view.profile,
         profile_verified=view.profile_verified,
         block_size=view.block_size,
         sync=view.sync,
         inexact_reason=view.inexact_reason,
         max_model_len=view.max_model_len,
+        kv_tokens=view.kv_tokens,
+        labels=dict(view.labels),
     )
 
 
@@ -99,13 +111,41 @@ def engine_view(message: pb.Engine) -> EngineView:
         ),
         root=given("root", message.root),
         health=Health(message.health),
-        load=Load(message.load.running, message.load.waiting, message.load.kv_usage, message.load.scraped_at),
         profile=given("profile", message.profile),
         profile_verified=message.profile_verified,
         block_size=given("block_size", message.block_size),
         sync=Sync(message.sync),
         inexact_reason=message.inexact_reason,
         max_model_len=given("max_model_len", message.max_model_len),
+        kv_tokens=given("kv_tokens", message.kv_tokens),
+        labels=tuple(sorted(message.labels.items())),
+    )
+
+
+def load_message(engine: EngineId, load: Load) -> pb.EngineLoad:
+    others = load.others
+    return pb.EngineLoad(
+        engine=str(engine),
+        running=load.running,
+        waiting=load.waiting,
+        kv_usage=load.kv_usage,
+        scraped_at=load.scraped_at,
+        loras=sorted(load.loras),
+        others=pb.InFlight(
+            prefilling=others.prefilling, prefill_tokens=others.prefill_tokens, decoding=others.decoding
+        ),
+    )
+
+
+def engine_load(message: pb.EngineLoad) -> tuple[EngineId, Load]:
+    others = message.others
+    return _engine_id(message.engine), Load(
+        message.running,
+        message.waiting,
+        message.kv_usage,
+        message.scraped_at,
+        frozenset(message.loras),
+        InFlight(others.prefilling, others.prefill_tokens, others.decoding),
     )
 
 
@@ -117,6 +157,7 @@ def observation_message(observation: Observation) -> pb.Observation:
             message.routed.predicted_cached_tokens = observation.predicted_cached_tokens
             for profile, keys in observation.keys.items():
                 message.routed.prompts.add(profile=profile, keys=pack_keys(keys))
+            message.routed.again = observation.again
             message.routed.SetInParent()
         case FirstToken():
             message.first_token.ttft_s = observation.ttft_s
@@ -136,7 +177,7 @@ def observation(message: pb.Observation) -> Observation:
         case "routed":
             routed = message.routed
             keys = {p.profile: tuple(unpack_keys(p.keys)) for p in routed.prompts}
-            return Routed(*about, routed.prompt_tokens, routed.predicted_cached_tokens, keys)
+            return Routed(*about, routed.prompt_tokens, routed.predicted_cached_tokens, keys, routed.again)
         case "first_token":
             return FirstToken(*about, message.first_token.ttft_s)
         case "finished":

@@ -13,7 +13,7 @@ from statistics import median
 
 import redis.asyncio
 
-from kvatlas_common.fleet import Health, Load, Sync
+from kvatlas_common.fleet import Health, Sync
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.redis_client import RedisClient, Timeouts, open_redis
 from kvatlas_indexer.adapters.redis_store import RedisStore
@@ -226,13 +226,13 @@ def record(engine: EngineId, number: int) -> EngineRecord:
         adapters=[],
         root=None,
         health=Health.READY,
-        load=Load(),
         profile="sha256_cbor/b16/tagged/seed=42",
         profile_verified=True,
         block_size=16,
         sync=Sync.EXACT,
         inexact_reason="",
         max_model_len=None,
+        kv_tokens=None,
         heard=True,
         drop_last_blocks=0,
         places=[PlaceRecord(0, "gpu", number)],

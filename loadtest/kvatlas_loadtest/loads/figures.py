@@ -1,11 +1,16 @@
 """What one run comes to: small enough to keep, whatever the size of the run. Pure.
 
+A load in stages is measured as the published table was: the first stage is a warm-up and is left out of all times,
+tokens and shares, and output tokens per second are the mean over the stages, each from its first request to its last
+answer.
+
 | figure | how |
 |---|---|
 | times | of requests that got a first token, however they ended; the others are counted as failed or shed |
 | ITL | between tokens: measured piece by piece on the wire, the mean of each request in virtual time |
 | output tokens/s | of all answers, whole or not, by the time until the last one ended |
-| cached share | cached of all prompt tokens; *of the oracle's*: of what one infinite cache of all would have served |
+| cached share | cached of all prompt tokens |
+| of the oracle's | cached of what one infinite cache of all would have served; the warm-up included |
 | load of an engine | requests it has (waiting or running), averaged over time; an engine nobody asked counts |
 | queue | requests that wait for their first token at an engine, averaged over engines and time |
 | piled up | share of the samples in which an engine has a queue and over 1.5 times the mean load beside an idle one |
@@ -15,7 +20,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from math import floor
 
@@ -96,32 +101,18 @@ class Figures:
     ttft: Spread | None
     ttft_quantiles: tuple[float, ...]  # by `QUANTILES`; empty of nothing
     itl: Spread | None
-    prompt_tokens: int
-    cached_tokens: int
-    oracle_cached_tokens: int
+    cached_share: float
+    oracle_share: float
+    of_oracle: float | None  # None where there was nothing to find
     engines: dict[str, EngineShare]
     queue_mean: float
     piled_up: float
     queue: tuple[QueuePoint, ...]
     rates: tuple[RatePoint, ...]
-    notes: dict[str, float] = field(default_factory=dict)
 
     @property
     def failed(self) -> int:
         return sum(self.errors.values())
-
-    @property
-    def cached_share(self) -> float:
-        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-    @property
-    def oracle_share(self) -> float:
-        return self.oracle_cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
-
-    @property
-    def of_oracle(self) -> float | None:
-        """None where there was nothing to find."""
-        return self.cached_tokens / self.oracle_cached_tokens if self.oracle_cached_tokens else None
 
     @property
     def imbalance(self) -> float | None:
@@ -131,39 +122,35 @@ class Figures:
         return max(loads) * len(loads) / total if total else None
 
 
-def figures(
-    run: Run,
-    *,
-    stages: Sequence[int] = (),
-    gaps_s: Sequence[float] | None = None,
-    notes: dict[str, float] | None = None,
-) -> Figures:
-    """`stages`: of each arrival, where the load has several. `gaps_s`: between tokens, where each was measured."""
-    begun = [o for o in run.outcomes if o.ttft_s is not None]
-    errors = Counter(o.error for o in run.outcomes if o.error)
+def figures(run: Run, *, gaps_s: Sequence[float] | None = None) -> Figures:
+    """`gaps_s`: between tokens, where each of them was measured."""
+    stages = _stages(run.outcomes)
+    measured = [outcome for stage in (stages[1:] or stages) for outcome in stage]
+    begun = [o for o in measured if o.ttft_s is not None]
+    errors = Counter(o.error for o in measured if o.error)
     times = sorted(o.ttft_s for o in begun if o.ttft_s is not None)
+    oracle = run.oracle_cached_tokens
     return Figures(
         policy=run.policy,
         workload=run.workload,
         seed=run.seed,
         settings=run.settings,
-        requests=len(run.outcomes),
+        requests=len(measured),
         shed=sum(count for error, count in errors.items() if _shed(error)),
         errors={error: count for error, count in sorted(errors.items()) if not _shed(error)},
         duration_s=run.duration_s,
-        output_tokens_per_s=sum(o.output_tokens for o in begun) / run.duration_s if run.duration_s else 0.0,
+        output_tokens_per_s=_mean([_output_tokens_per_s(stage) for stage in (stages[1:] or stages)]),
         ttft=Spread.of(times),
         ttft_quantiles=tuple(percentile(times, share) for share in QUANTILES) if times else (),
         itl=Spread.of(gaps_s if gaps_s is not None else [o.itl_s for o in begun if o.itl_s is not None]),
-        prompt_tokens=sum(o.prompt_tokens for o in begun),
-        cached_tokens=sum(o.cached_tokens for o in begun),
-        oracle_cached_tokens=run.oracle_cached_tokens,
+        cached_share=_share(sum(o.cached_tokens for o in begun), sum(o.prompt_tokens for o in begun)),
+        oracle_share=_share(oracle, sum(o.prompt_tokens for o in run.outcomes)),
+        of_oracle=sum(o.cached_tokens for o in run.outcomes) / oracle if oracle else None,
         engines=_engines(run),
         queue_mean=_mean([s.waiting for s in run.samples]),
         piled_up=_piled_up(run.samples),
         queue=_timeline(run.samples),
-        rates=_staged_rates(run.outcomes, stages) if len(set(stages)) > 1 else _rates(run.outcomes),
-        notes=notes or {},
+        rates=tuple(map(_rate_of_stage, range(1, len(stages)), stages[1:])) or _rates(run.outcomes),
     )
 
 
@@ -183,6 +170,18 @@ def queues(outcomes: Sequence[Outcome], every_s: float) -> tuple[Sample, ...]:
         for n, at_s in enumerate(times)
         for engine in engines
     )
+
+
+def _stages(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+    stages: dict[int, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        stages[outcome.stage].append(outcome)
+    return [stages[number] for number in sorted(stages)]
+
+
+def _output_tokens_per_s(stage: Sequence[Outcome]) -> float:
+    lasted = max((o.finished_s for o in stage if o.finished_s is not None), default=0.0) - min(o.sent_s for o in stage)
+    return sum(o.output_tokens for o in stage) / lasted if lasted > 0 else 0.0
 
 
 def _shed(error: str) -> bool:
@@ -269,19 +268,9 @@ def _rates(outcomes: Sequence[Outcome]) -> tuple[RatePoint, ...]:
     )
 
 
-def _staged_rates(outcomes: Sequence[Outcome], stages: Sequence[int]) -> tuple[RatePoint, ...]:
-    """The load has its rates in steps: each of them is one."""
-    steps: dict[int, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        steps[stages[outcome.arrival]].append(outcome)
-    return tuple(
-        RatePoint(
-            step=step,
-            per_s=_per_s([o.sent_s for o in those]),
-            ttft=Spread.of(o.ttft_s for o in those if o.ttft_s is not None),
-        )
-        for step, those in sorted(steps.items())
-    )
+def _rate_of_stage(number: int, stage: Sequence[Outcome]) -> RatePoint:
+    per_s = _per_s([o.sent_s for o in stage])
+    return RatePoint(number, per_s, Spread.of(o.ttft_s for o in stage if o.ttft_s is not None))
 
 
 def _per_s(times: Sequence[float]) -> float:
@@ -291,3 +280,7 @@ def _per_s(times: Sequence[float]) -> float:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

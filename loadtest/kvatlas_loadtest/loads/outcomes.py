@@ -26,6 +26,7 @@ class Outcome:
     error: str = ""
     reason: str = ""  # of the choice, as the router gives it
     retries: int = 0  # engines that failed before
+    stage: int = 0  # of the arrival
 
     @property
     def ttft_s(self) -> float | None:

@@ -1,7 +1,8 @@
 """The figures of a comparison as PNG, in one style: a policy has the same colour and line in all of them.
 
-Solid lines are the project's own policies, dashed ones the rules of others, dotted ones the same tuned otherwise; what is precise is drawn last and thickest.
-Each figure has one panel per workload, and is drawn twice, on a light and on a dark ground.
+Solid lines are the project's own policies, dashed ones the rules of others, dotted ones the same tuned otherwise; what
+is precise is drawn last and thickest. Each figure has one panel per workload, and is drawn twice, on a light and on a
+dark ground.
 """
 
 from __future__ import annotations

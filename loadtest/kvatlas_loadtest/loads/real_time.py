@@ -24,6 +24,8 @@ from kvatlas_loadtest.loads.arrivals import Arrival
 from kvatlas_loadtest.loads.outcomes import Outcome
 from kvatlas_loadtest.loads.rendering import Rendering
 
+TIMEOUT_S = 600.0
+CONNECTIONS_MAX = 1024
 NOT_SENT = "not sent: the turn before it failed"
 
 
@@ -36,8 +38,8 @@ class Target:
     headers: Mapping[str, str] = field(default_factory=dict)
     engine_header: str = ENGINE_HEADER
     session_header: str = "x-session-id"
-    timeout_s: float = 600.0
-    connections_max: int = 1024
+    timeout_s: float = TIMEOUT_S
+    connections_max: int = CONNECTIONS_MAX
 
 
 class Player:
@@ -115,7 +117,7 @@ class Player:
         if index in self._wanted:
             self._texts[index] = answer.text
         self.gaps_s += answer.gaps_s
-        return _outcome(index, answer, due_s, sent_s)
+        return _outcome(index, arrival.stage, answer, due_s, sent_s)
 
     def _forget_texts(self, arrival: Arrival) -> None:
         """An answer is kept until the last prompt that holds it has been written out."""
@@ -127,8 +129,9 @@ class Player:
 
     def _not_sent(self, index: int) -> None:
         """The rest of a conversation that has come to an end."""
-        self._forget_texts(self._arrivals[index])
-        self._note(Outcome(index, self._now(), None, None, None, 0, 0, 0, NOT_SENT))
+        arrival = self._arrivals[index]
+        self._forget_texts(arrival)
+        self._note(Outcome(index, self._now(), None, None, None, 0, 0, 0, NOT_SENT, stage=arrival.stage))
         for follower in self._followers.get(index, ()):
             self._not_sent(follower)
 
@@ -143,7 +146,7 @@ class Player:
         return asyncio.get_running_loop().time() - self._begun
 
 
-def _outcome(index: int, answer: Answer, due_s: float, sent_s: float) -> Outcome:
+def _outcome(index: int, stage: int, answer: Answer, due_s: float, sent_s: float) -> Outcome:
     return Outcome(
         arrival=index,
         sent_s=due_s,
@@ -155,4 +158,5 @@ def _outcome(index: int, answer: Answer, due_s: float, sent_s: float) -> Outcome
         output_tokens=answer.output_tokens or len(answer.gaps_s) + (answer.ttft_s is not None),
         error=answer.error,
         reason=answer.reason,
+        stage=stage,
     )

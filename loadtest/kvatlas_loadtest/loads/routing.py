@@ -8,7 +8,7 @@ router's core is in this module.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 from kvatlas_common.fleet import EngineView
@@ -199,9 +199,20 @@ POLICIES = ("precise", *_RULES)
 
 
 def decider(policy: str, chance: Chance) -> Decider:
-    """A fresh router's state. Raises `ValueError` that says which policies there are."""
-    if policy == "precise":
+    """A fresh router's state. `policy` may give a baseline's parameters: `llm-d:prefix=5:queue=1`.
+
+    Raises `ValueError` that says which policies and parameters there are.
+    """
+    name, *given = policy.split(":")
+    if name == "precise" and not given:
         return Precise()
-    if policy not in _RULES:
+    if name not in _RULES:
         raise ValueError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
-    return ByRule(_RULES[policy](), chance)
+    rule = _RULES[name]()
+    parameters = {f.name: f.type for f in fields(rule) if not f.name.startswith("_")}  # type: ignore[arg-type]
+    for text in given:
+        key, _, value = text.partition("=")
+        if key not in parameters:
+            raise ValueError(f"policy {name} has no parameter {key!r}; it has {', '.join(parameters) or 'none'}")
+        setattr(rule, key, type(getattr(rule, key))(value))
+    return ByRule(rule, chance)

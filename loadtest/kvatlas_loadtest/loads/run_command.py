@@ -10,22 +10,26 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import uvloop
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kvatlas_loadtest.client import ENGINE_HEADER
 from kvatlas_loadtest.loads import oracle
-from kvatlas_loadtest.loads.arrivals import Arrival, checked, scaled
+from kvatlas_loadtest.loads.arrivals import Arrival, checked
 from kvatlas_loadtest.loads.document import Document, surroundings
 from kvatlas_loadtest.loads.figures import SHED, figures, queues
 from kvatlas_loadtest.loads.naming import BlockNames
 from kvatlas_loadtest.loads.outcomes import Outcome, Run
 from kvatlas_loadtest.loads.presets import PROFILE
 from kvatlas_loadtest.loads.publish import publish
-from kvatlas_loadtest.loads.real_time import Player, Target
+from kvatlas_loadtest.loads.real_time import CONNECTIONS_MAX, TIMEOUT_S, Player, Target
 from kvatlas_loadtest.loads.rendering import Rendering
-from kvatlas_loadtest.loads.workloads import WORKLOADS
+from kvatlas_loadtest.loads.report import REFERENCE
+from kvatlas_loadtest.loads.scaling import scaled
+from kvatlas_loadtest.loads.workloads import WORKLOADS, workload
 
 EPILOG = """example, a tenth of the prompts' length and half the rate of a small deployment:
   python -m kvatlas_loadtest.loads run --url http://127.0.0.1:8080 --model tiny --workload hot-prefix --scale 0.1 \\
@@ -34,12 +38,21 @@ EPILOG = """example, a tenth of the prompts' length and half the rate of a small
 Ctrl-C ends the load and reports what was answered so far."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.epilog, parser.formatter_class = EPILOG, argparse.RawDescriptionHelpFormatter
+def add_to(commands: Any) -> None:
+    """`commands`: what `ArgumentParser.add_subparsers` returns."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "run",
+        help="play a load to a server, in real time",
+        description="Sends a workload to an OpenAI-compatible server, at its own times whatever the server does, and "
+        "measures what a user would.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=_execute)
     add = parser.add_argument
     add("--url", required=True, help="of an OpenAI-compatible server, without a path")
     add("--model", required=True, help="as the server calls it")
-    add("--workload", choices=list(WORKLOADS), default="reference", help="(default: %(default)s)")
+    add("--workload", default=REFERENCE, metavar="NAME", help=f"{', '.join(WORKLOADS)} or trace:FILE (%(default)s)")
     add("--scale", type=float, default=0.05, metavar="X", help="of the workload's length (default: %(default)s)")
     add("--slower", type=float, default=1.0, metavar="X", help="times are stretched, the rate sinks (default: 1)")
     add("--tokens", type=float, default=1.0, metavar="X", help="of the length of prompts and answers (default: 1)")
@@ -47,16 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--completions", action="store_true", help="ask /v1/completions instead of /v1/chat/completions")
     add("--ignore-eos", action="store_true", help="have answers of full length (vLLM, SGLang)")
     add("--header", type=_header, action="append", default=[], metavar="NAME:VALUE", help="sent along; repeatable")
-    add("--engine-header", default=Target.engine_header, metavar="NAME", help="names the engine (default: %(default)s)")
-    add("--timeout", type=float, default=Target.timeout_s, metavar="SECONDS", help="(default: %(default)g)")
-    add("--connections", type=int, default=Target.connections_max, metavar="N", help="at most (default: %(default)s)")
+    add("--engine-header", default=ENGINE_HEADER, metavar="NAME", help="names the engine (default: %(default)s)")
+    add("--timeout", type=float, default=TIMEOUT_S, metavar="SECONDS", help="(default: %(default)g)")
+    add("--connections", type=int, default=CONNECTIONS_MAX, metavar="N", help="at most (default: %(default)s)")
     add("--label", metavar="NAME", help="what the report calls it (default: the URL)")
     add("--json", type=Path, metavar="FILE", help="write what was measured; `report` lays such files side by side")
     add("--html", type=Path, metavar="FILE", help="write the page")
 
 
-def execute(args: argparse.Namespace, console: Console) -> int:
-    arrivals = scaled(WORKLOADS[args.workload](args.seed, args.scale), slower=args.slower, tokens=args.tokens)
+def _execute(args: argparse.Namespace, console: Console) -> int:
+    arrivals = scaled(workload(args.workload, args.seed, args.scale), slower=args.slower, tokens=args.tokens)
     checked(arrivals)
     extra = {"ignore_eos": True} if args.ignore_eos else {}
     target = Target(
@@ -94,7 +107,6 @@ def _document(args: argparse.Namespace, player: Player, arrivals: list[Arrival])
         oracle_cached_tokens=_oracle(arrivals, {o.arrival for o in outcomes}),
         settings={"scale": args.scale, "slower": args.slower, "tokens": args.tokens},
     )
-    stages = [arrival.stage for arrival in arrivals]
     reasons = Counter(o.reason for o in outcomes if o.reason)
     facts = {
         "command": shlex.join(["python", "-m", "kvatlas_loadtest.loads", *_secretless(sys.argv[1:])]),
@@ -103,7 +115,7 @@ def _document(args: argparse.Namespace, player: Player, arrivals: list[Arrival])
         "chosen by": ", ".join(f"{reason} {times}" for reason, times in reasons.most_common()) or "not told",
         **surroundings(),
     }
-    return Document((figures(run, stages=stages, gaps_s=player.gaps_s),), facts=facts)
+    return Document((figures(run, gaps_s=player.gaps_s),), facts=facts)
 
 
 def _oracle(arrivals: list[Arrival], answered: set[int]) -> int:

@@ -19,7 +19,9 @@ def show(console: Console, tables: Iterable[Table], *, ranges: bool = False) -> 
     for table in tables:
         shown = RichTable(title=table.title, caption=table.note, title_justify="left", caption_justify="left")
         for place, heading in enumerate(table.headings):
-            shown.add_column(heading, justify="right" if place and heading not in table.worded else "left", no_wrap=not place)
+            shown.add_column(
+                heading, justify="right" if place and heading not in table.worded else "left", no_wrap=not place
+            )
         for row in table.rows:
             shown.add_row(*(_text(cell, ranges) for cell in row))
         console.print(shown)

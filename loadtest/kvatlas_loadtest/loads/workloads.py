@@ -16,8 +16,10 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from kvatlas_loadtest.loads.arrivals import Answer, Arrival, Part, Segment
+from kvatlas_loadtest.loads.traces import read_trace
 
 LADDER = (
     (3, 20),
@@ -170,6 +172,15 @@ WORKLOADS: Mapping[str, Callable[[int, float], list[Arrival]]] = {
     "tenants": tenants,
     "bursts": bursts,
 }
+
+
+def workload(name: str, seed: int, scale: float = 1.0) -> list[Arrival]:
+    """By name; a trace is the same for every seed. Raises `ValueError` that says which there are, and `OSError`."""
+    if name.startswith("trace:"):
+        return read_trace(Path(name.removeprefix("trace:")), scale)
+    if name not in WORKLOADS:
+        raise ValueError(f"workload {name!r} is none of {', '.join(WORKLOADS)}, trace:FILE")
+    return WORKLOADS[name](seed, scale)
 
 
 def count_from(first: int) -> Iterator[int]:

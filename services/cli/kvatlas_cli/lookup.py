@@ -174,7 +174,17 @@ def _show_route(console: Console, answer: Json) -> None:
     table = Table(box=None, header_style="bold")
     for name in ("", "engine"):
         table.add_column(name)
-    for name in ("blocks", "cached tokens", "media", "exact", "to compute", "queued", "in flight", "cost"):
+    for name in (
+        "blocks",
+        "cached tokens",
+        "media",
+        "exact",
+        "to compute",
+        "queued",
+        "in flight",
+        "TTFT ms",
+        "cost ms",
+    ):
         table.add_column(name, justify="left" if name in ("media", "exact") else "right")
     table.add_column("state")
     for engine in answer["engines"]:
@@ -187,7 +197,9 @@ def _show_route(console: Console, answer: Json) -> None:
             str(engine["cached_tokens"]) if known else UNKNOWN,
             _media(engine["media"]),
             _exact(engine) if known else "",
-            *(str(engine[name]) for name in ("tokens_to_compute", "queued_tokens", "in_flight", "cost")),
+            *(str(engine[name]) for name in ("tokens_to_compute", "queued_tokens")),
+            str(engine["pending"] + engine["decoding"]),
+            *(f"{engine[name]:.0f}" for name in ("ttft_ms", "cost_ms")),
             escape(f"{engine['health']}, {engine['sync']}" + (", suspect" if engine["standing"] == "suspect" else "")),
             style="bold" if chosen else "",
         )

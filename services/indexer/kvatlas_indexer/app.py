@@ -19,9 +19,10 @@ from kvatlas_common.engines.asking import open_session
 from kvatlas_common.engines.discovery import watch
 from kvatlas_common.engines.probe import EngineFacts, Prober
 from kvatlas_common.engines.specs import EngineSpec
+from kvatlas_common.fleet import Load
 from kvatlas_common.logs import LimitedLog
-from kvatlas_common.observations import Observation
 from kvatlas_common.words import EngineId, Medium
+from kvatlas_indexer.adapters.front import Front
 from kvatlas_indexer.adapters.grpc_server import GrpcServer
 from kvatlas_indexer.adapters.http_server import serve
 from kvatlas_indexer.adapters.local_index import LocalIndex
@@ -33,17 +34,19 @@ from kvatlas_indexer.adapters.redis_store import RedisStore
 from kvatlas_indexer.adapters.redis_sweep import RedisSweep
 from kvatlas_indexer.adapters.replay_client import ReplayClient
 from kvatlas_indexer.adapters.replays import Replays
+from kvatlas_indexer.adapters.reports import Listener
 from kvatlas_indexer.adapters.rest import build_app
 from kvatlas_indexer.adapters.shard import Hands, Shard
 from kvatlas_indexer.adapters.shared_index import SharedIndex
 from kvatlas_indexer.adapters.zmq_sockets import new_context
 from kvatlas_indexer.adapters.zmq_source import Origin, ZmqSource, ZmqSourceOptions
 from kvatlas_indexer.core.accuracy import Accuracy
-from kvatlas_indexer.core.contracts import Index
 from kvatlas_indexer.core.engine import Bounds
 from kvatlas_indexer.core.healing import Healing
 from kvatlas_indexer.core.index import Command, KvIndex, Rules
+from kvatlas_indexer.core.loads import LoadBoard
 from kvatlas_indexer.core.naming import Expected, Finding
+from kvatlas_indexer.core.routing import Routing
 from kvatlas_indexer.core.stream import Limits, ReplayEnd
 from kvatlas_indexer.settings import IndexerSettings
 
@@ -51,6 +54,7 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 FLEET_DELAY_S = 0.02  # changes of the fleet are told together
+LOADS_DELAY_S = 0.03  # and those of loads
 SWEEP_PARTS = 8  # parts of the key space swept between two turns of the loop
 FINDINGS_LOG_INTERVAL_S = 30.0
 STORE_RETRY_S = 1.0
@@ -61,7 +65,9 @@ class Indexer:
 
     def __init__(self, settings: IndexerSettings, *, environ: Mapping[str, str]) -> None:
         self.settings = settings
-        self.index = KvIndex(_rules(settings), on_finding=self._find)
+        self.routing = Routing(estimate_ttl_s=settings.estimate_ttl_s)
+        self.board = LoadBoard(self.routing.in_flight)
+        self.index = KvIndex(_rules(settings), on_finding=self._find, on_emptied=self.routing.forget)
         self.accuracy = Accuracy()
         self.healing = Healing(self.index, on_finding=self._find)
         self.ready = False
@@ -69,13 +75,23 @@ class Indexer:
         self.grpc_address = ""
         self.rest_address = ""
         self._environ = environ
-        self._local = LocalIndex(self.index)
-        self._answers: Index = self._local  # what gRPC and REST ask
+        self._front = Front(LocalIndex(self.index), self.routing, self.board, time.monotonic)
+        self._listener = Listener(
+            accuracy=self.accuracy,
+            healing=self.healing,
+            routing=self.routing,
+            fleet=self._front.fleet,
+            on_healed=lambda: self._perform(()),
+            on_in_flight=self._on_in_flight,
+            clock=time.monotonic,
+            wall=time.time,
+        )
         self._shard: Shard | None = None
         self._publisher: Publisher | None = None
         self._findings = LimitedLog(log, FINDINGS_LOG_INTERVAL_S, time.monotonic)
         self._stack = contextlib.AsyncExitStack()
         self._telling: asyncio.TimerHandle | None = None
+        self._telling_loads: asyncio.TimerHandle | None = None
         self._stopping = False
         self._background: list[asyncio.Task[None]] = []
 
@@ -102,7 +118,7 @@ class Indexer:
         self.zmq_endpoints = self._source.listen(settings.zmq_listen, settings.listen_ranks)
         session = await self._stack.enter_async_context(open_session())
         self._prober = await self._stack.enter_async_context(
-            Prober(session, self._on_facts, clock=time.monotonic, wall=time.time, rng=random.Random())
+            Prober(session, self._on_facts, self._on_load, clock=time.monotonic, wall=time.time, rng=random.Random())
         )
         shared = [] if settings.store == "memory" else await self._share()
         self._run_in_background(self._discover(), self._tick(), self._sweep(), *shared)
@@ -133,20 +149,30 @@ class Indexer:
         )
         publisher.lost = shard.lost
         self._stack.push_async_callback(shard.leave)
-        shared = self._answers = SharedIndex(store)
+        shared = SharedIndex(store, on_change=self._front.wake, on_emptied=self.routing.forget)
+        self._front.lookups = shared
         sweep = RedisSweep(client, name, block_ttl_s=settings.block_ttl_s)
         return [shared.run(), publisher.run(), shard.run(), _sweep_store(sweep, shared)]
 
     async def _serve(self) -> None:
         settings = self.settings
-        grpc = GrpcServer(self._answers, self._on_observation)
+        grpc = GrpcServer(self._front, self._listener)
         host, port = _split(settings.grpc_listen)
         self.grpc_address = f"{host}:{await grpc.start(host, port)}"
         self._stack.push_async_callback(grpc.stop, settings.drain_s)
         registry = CollectorRegistry()
-        registry.register(IndexMetrics(self.index, self.accuracy, self.healing, self._source.received, grpc.observed))
+        registry.register(
+            IndexMetrics(
+                self.index,
+                self.accuracy,
+                self.healing,
+                self.routing,
+                received=self._source.received,
+                observed=grpc.observed,
+            )
+        )
         host, port = _split(settings.rest_listen)
-        app = build_app(self._answers, ready=lambda: self.ready, registry=registry, blocks=self._blocks)
+        app = build_app(self._front, ready=lambda: self.ready, registry=registry, blocks=self._blocks)
         rest = await serve(app, host, port)
         self.rest_address = f"{host}:{rest.port}"
         self._stack.push_async_callback(rest.stop)
@@ -154,8 +180,9 @@ class Indexer:
     async def stop(self) -> None:
         """Lookups under way are answered first, for at most `drain_s`."""
         self.ready, self._stopping = False, True
-        if self._telling is not None:
-            self._telling.cancel()
+        for telling in (self._telling, self._telling_loads):
+            if telling is not None:
+                telling.cancel()
         await self._stack.aclose()
         log.info("indexer stopped")
 
@@ -216,10 +243,13 @@ class Indexer:
     def _on_facts(self, facts: EngineFacts) -> None:
         self._perform(self.index.on_facts(facts, time.time()))
 
-    def _on_observation(self, observation: Observation) -> None:
-        self.accuracy.observe(observation)
-        if self.healing.observe(observation, time.time()):
-            self._perform(())
+    def _on_load(self, engine: EngineId, load: Load) -> None:
+        if self.board.scraped(engine, load):
+            self._tell_loads_soon()
+
+    def _on_in_flight(self) -> None:
+        if self.board.in_flight_changed():
+            self._tell_loads_soon()
 
     def _on_specs(self, specs: Iterable[EngineSpec]) -> None:
         if self._shard is not None:
@@ -249,8 +279,18 @@ class Indexer:
 
     def _tell_fleet(self) -> None:
         self._telling = None
+        self.index.fleet()
+        self.board.speak_of([known.id for known in self.index.known()])
         self._prober.want(self.index.watched())
-        self._local.fleet_changed()
+        self._front.wake()
+
+    def _tell_loads_soon(self) -> None:
+        if self._telling_loads is None and not self._stopping:
+            self._telling_loads = asyncio.get_running_loop().call_later(LOADS_DELAY_S, self._tell_loads)
+
+    def _tell_loads(self) -> None:
+        self._telling_loads = None
+        self._front.wake()
 
     def _blocks(self, engine: EngineId) -> dict[Medium, int]:
         known = self.index.engine(engine)
@@ -280,6 +320,7 @@ class Indexer:
         while True:
             await asyncio.sleep(TICK_S)
             self._perform(self.index.on_tick(time.time()))
+            self._listener.on_tick()
 
     async def _sweep(self) -> None:
         while True:

@@ -67,6 +67,9 @@ class IndexerSettings(HashSettings, EngineSettings, LogSettings):
     engine_lease_s: float = Field(15.0, gt=0, description="an engine not heard of for so long gets no requests")
     forget_after_s: float = Field(600.0, gt=0, description="how long the blocks of a dead engine are kept")
     doubt_ttl_s: float = Field(600.0, gt=0, description="how long entries stay usable after messages were lost")
+    estimate_ttl_s: float = Field(
+        600.0, gt=0, description="how long an engine is taken to hold what it was sent, where its events do not tell"
+    )
     held_back_max: int = Field(4096, ge=1, description="messages held back per engine during a replay")
     blocks_max: int = Field(8_000_000, ge=1000, description="blocks kept per engine and medium; the oldest age out")
     message_bytes_max: int = Field(16 << 20, ge=4096, description="the largest KV event message taken")

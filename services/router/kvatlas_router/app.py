@@ -6,7 +6,6 @@ Nothing here decides anything: objects are made once, in order, and handed to ea
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import os
 import random
@@ -27,9 +26,8 @@ from kvatlas_router.adapters.index_client import IndexClient
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.adapters.models import Tokenizers
 from kvatlas_router.adapters.server import HttpServer
-from kvatlas_router.core.choice import Policy
+from kvatlas_router.core.chooser import Chooser
 from kvatlas_router.core.homes import ResponseHomes
-from kvatlas_router.core.ledger import Ledger
 from kvatlas_router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
@@ -43,10 +41,11 @@ class Router:
     def __init__(self, settings: RouterSettings, environ: Mapping[str, str]) -> None:
         self._settings = settings
         self._stack = AsyncExitStack()
-        name = f"{socket.gethostname()}:{os.getpid()}"
+        name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"  # a new life is another router
         rng = random.Random(settings.seed)
         metrics = self.metrics = Metrics()
-        ledger = self._ledger = Ledger()
+        chooser = self.chooser = Chooser(rng.random)
+        plans = settings.plans()
         homes = ResponseHomes()
         self.index = IndexClient(settings.indexers, name, settings.lookup_deadline_ms / 1000, metrics)
         self.fleet = FleetKeeper(
@@ -71,15 +70,13 @@ class Router:
             fleet=lambda: self.fleet.fleet,
             tokens=self.tokenizers,
             index=self.index,
-            ledger=ledger,
+            chooser=chooser,
             homes=homes,
-            policy=Policy(settings.policy),
-            chance=rng.random,
+            plans=plans,
             clock=time.monotonic,
-            turns=itertools.count(),
             problems=LimitedLog(log, DEFECTS_LOG_INTERVAL_S, time.monotonic),
         )
-        self._forwarder = Forwarder(_patience(settings), ledger, self.fleet.api_key)
+        self._forwarder = Forwarder(_patience(settings), chooser, self.fleet.api_key)
         self._api = PublicApi(
             rules=_rules(settings),
             fleet=lambda: self.fleet.fleet,
@@ -95,10 +92,10 @@ class Router:
         self._public = HttpServer(self._api, settings.host, settings.port, settings.drain_s)
         self._admin = HttpServer(admin, settings.admin_host, settings.admin_port, drain_s=1)
         self.fleet.on_change += [
-            lambda fleet: ledger.keep_only(fleet.engines.keys()),
+            lambda fleet: chooser.keep_only(fleet.engines.keys()),
             metrics.count_engines,
         ]
-        if settings.policy == "precise":
+        if plans.need_prompts:
             self.fleet.on_change.append(self.tokenizers.meet)
 
     @property
@@ -174,6 +171,8 @@ def _rules(settings: RouterSettings) -> HttpRules:
         in_flight_max=settings.in_flight_max,
         api_keys=tuple(k.get_secret_value() for k in settings.api_keys),
         session_header=settings.session_header.lower(),
+        session_cookie=settings.session_cookie,
+        labels_header=settings.labels_header.lower(),
         request_usage=settings.request_usage,
         allow_reannouncing=settings.allow_kv_cache_report_mode,
     )

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas_common import wire
-from kvatlas_common.fleet import Adapter, EngineView, Health, Load, Sync
+from kvatlas_common.fleet import Adapter, EngineView, Health, InFlight, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
@@ -22,7 +22,7 @@ reals = st.floats(min_value=0, max_value=1e9)
 names = st.text(max_size=8)
 
 observations: st.SearchStrategy[Observation] = st.one_of(
-    st.builds(Routed, names, engines, names, counts, counts, st.dictionaries(names, keys, max_size=3)),
+    st.builds(Routed, names, engines, names, counts, counts, st.dictionaries(names, keys, max_size=3), st.booleans()),
     st.builds(FirstToken, names, engines, names, reals),
     st.builds(Finished, names, engines, names, st.none() | counts, counts, st.booleans(), st.sampled_from(Outcome)),
 )
@@ -33,7 +33,9 @@ matches = st.builds(
     st.dictionaries(st.sampled_from(Medium), counts),
     st.booleans(),
     counts,
-)
+).map(lambda match: match._replace(expected=max(match.blocks, match.doubtful)))
+in_flight = st.builds(InFlight, counts, counts, counts)
+loads = st.builds(Load, counts, counts, st.floats(0, 1, width=32), reals, st.frozensets(names, max_size=2), in_flight)
 views = st.builds(
     EngineView,
     id=engines,
@@ -42,13 +44,13 @@ views = st.builds(
     adapters=st.lists(st.builds(Adapter, names, st.none() | names, st.none() | counts), max_size=2).map(tuple),
     root=st.none() | names,
     health=st.sampled_from(Health),
-    load=st.builds(Load, counts, counts, reals, reals),
     profile=st.none() | names,
     profile_verified=st.booleans(),
     block_size=st.none() | counts,
     sync=st.sampled_from(Sync),
     inexact_reason=names,
     max_model_len=st.none() | counts,
+    kv_tokens=st.none() | counts,
 )
 
 
@@ -63,6 +65,17 @@ def test_a_match_answer_survives_the_wire(found: tuple[EngineMatch, ...], unknow
     answer = MatchAnswer(found, unknown)
     message = pb.MatchResponse.FromString(wire.match_response(answer).SerializeToString())
     assert wire.match_answer(message) == answer
+
+
+def test_a_match_that_expects_nothing_more_says_so_in_blocks() -> None:
+    match = EngineMatch(EngineId("h:1"), 3, {Medium.GPU: 3}, True)
+    assert wire.match_answer(wire.match_response(MatchAnswer((match,)))).matches == (match._replace(expected=3),)
+
+
+@given(engines, loads)
+def test_a_load_survives_the_wire(engine: EngineId, load: Load) -> None:
+    message = pb.EngineLoad.FromString(wire.load_message(engine, load).SerializeToString())
+    assert wire.engine_load(message) == (engine, load)
 
 
 @given(views)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from kvatlas_common.fleet import EngineView, Fleet, Health, Load, Sync
+from kvatlas_common.fleet import EngineView, Fleet, Health, Sync
 from kvatlas_common.words import EngineId
 from kvatlas_router.core.knowledge import merged, needing_probes, told
 
@@ -36,12 +36,10 @@ def test_indexers_win_over_memory_and_over_the_list() -> None:
     assert set(fleet.engines) == {A, B, C}
 
 
-def test_memory_is_not_believed_about_health_or_load() -> None:
-    remembered = Fleet.of(
-        [view(A, health=Health.READY, sync=Sync.EXACT, load=Load(running=3), profile="p", models=frozenset({"m"}))]
-    )
+def test_memory_is_not_believed_about_health() -> None:
+    remembered = Fleet.of([view(A, health=Health.READY, sync=Sync.EXACT, profile="p", models=frozenset({"m"}))])
     found = merged(NOBODY, {}, {}, remembered).engines[A]
-    assert (found.health, found.sync, found.load) == (Health.UNKNOWN, Sync.UNKNOWN, Load())
+    assert (found.health, found.sync) == (Health.UNKNOWN, Sync.UNKNOWN)
     assert (found.profile, found.models) == ("p", frozenset({"m"}))
 
 

@@ -22,10 +22,13 @@ WAITING = ("vllm:num_requests_waiting", "sglang:num_queue_reqs")
 KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:token_usage")
 CACHE_CONFIG = ("vllm:cache_config_info", "sglang:cache_config_info")
 PROCESS_START = ("process_start_time_seconds",)
-METRIC_NAMES = (*RUNNING, *WAITING, *KV_USAGE, *CACHE_CONFIG, *PROCESS_START)
+LORAS = "vllm:lora_requests_info"
+METRIC_NAMES = (*RUNNING, *WAITING, *KV_USAGE, *CACHE_CONFIG, *PROCESS_START, LORAS)
 
 _RANK_LABELS = ("engine", "dp_rank")  # of vLLM and of SGLang
 _LABEL = re.compile(rb'(\w+)="((?:[^"\\]|\\.)*)"')
+_LORA_LABELS = ("running_lora_adapters", "waiting_lora_adapters")
+_LORAS_MAX = 256
 _COUNT_MAX = 2**31 - 1
 
 
@@ -43,16 +46,25 @@ class CacheConfig:
     enable_prefix_caching: bool | None = None
     hash_block_size: int | None = None
 
+    @property
+    def gpu_tokens(self) -> int | None:
+        """What the gpu can hold."""
+        return None if self.block_size is None or self.num_gpu_blocks is None else self.block_size * self.num_gpu_blocks
+
 
 @dataclass(frozen=True, slots=True)
 class EngineMetrics:
-    """The few figures of a metrics page that matter; None is not said. `kv_usage` is 0..1, `process_start_s` epoch."""
+    """The few figures of a metrics page that matter; None is not said. `kv_usage` is 0..1, `process_start_s` epoch.
+
+    `loras`: adapters that requests run with or wait for.
+    """
 
     running: int | None = None
     waiting: int | None = None
     kv_usage: float | None = None
     process_start_s: float | None = None
     cache: CacheConfig | None = None
+    loras: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +92,7 @@ def parse_metrics(page: bytes, rank: int | None = None) -> EngineMetrics:
         kv_usage=min(max(usage), 1.0) if usage else None,
         process_start_s=starts[0] if starts else None,
         cache=_cache_config(page, rank),
+        loras=_loras(page, rank),
     )
 
 
@@ -189,6 +202,18 @@ def _cache_config(page: bytes, rank: int | None) -> CacheConfig | None:
                     hash_block_size=_natural(labels.get("hash_block_size")),
                 )
     return None
+
+
+def _loras(page: bytes, rank: int | None) -> frozenset[str] | None:
+    """The adapters are in the labels; of all label values there ever were, the one with the highest value, the time it
+    was set, is how things are (vLLM 0.32 `v1/metrics/loggers.py`)."""
+    samples = [(_sane(value) or 0.0, _labels(text)) for text, value in _lines(page, LORAS)]
+    samples = [(value, labels) for value, labels in samples if _is_of_rank(labels, rank)]
+    if not samples:
+        return None
+    _, latest = max(samples, key=lambda sample: sample[0])
+    names = (name.strip() for label in _LORA_LABELS for name in latest.get(label, "").split(","))
+    return frozenset(sorted({name for name in names if name})[:_LORAS_MAX])
 
 
 def _natural(text: str | None) -> int | None:

@@ -1,9 +1,10 @@
 """What every wanted engine says about itself, asked again and again.
 
-An idle engine is asked less often than a busy one, a dead one less often still; jitter keeps the fleet from being asked
-in step. One lost answer proves nothing: an engine is down after `failures_to_down` failures in a row, or when its
-connection was refused twice, and ready again with its first good answer. The rules are in `ProbeState`, which does no
-I/O; `Prober` asks.
+A busy engine is asked for its load many times a second, an idle one every few seconds, a dead one less often still;
+jitter keeps the fleet from being asked in step. A page of metrics is a sign of life, so `/health` is asked seldom, and
+at once when the metrics do not come. One lost answer proves nothing: an engine is down after `failures_to_down`
+failures in a row, or when its connection was refused twice, and ready again with its first good answer. The rules are
+in `ProbeState`, which does no I/O; `Prober` asks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
@@ -20,6 +21,7 @@ import aiohttp
 
 from kvatlas_common.engines.asking import METRICS_ALL, METRICS_FEW, AskFailed, ask, open_session, tokenize
 from kvatlas_common.engines.pages import (
+    RUNNING,
     CacheConfig,
     EngineMetrics,
     MalformedPage,
@@ -37,16 +39,16 @@ __all__ = [
 ]  # fmt: skip
 
 ERROR_CHARS_MAX = 300
-_NO_LOAD = Load()
+_RUNNING = tuple(name.encode() for name in RUNNING)
 _NO_MODELS = ServedModels()
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """What one engine (one rank) says about itself. `error`: what is wrong with it, or with the asking; "" is nothing.
+    """What one engine (one rank) says about itself, but for its load.
 
-    `load.scraped_at` is the time of the last change, not of the last answer: facts that have not changed are not
-    reported again. `process_start_s` in seconds since the epoch; when it changes, the engine has restarted.
+    `error`: what is wrong with it, or with the asking; "" is nothing. `process_start_s` (seconds since the
+    epoch) changes when the engine restarts.
     """
 
     id: EngineId
@@ -55,7 +57,6 @@ class EngineFacts:
     adapters: tuple[Adapter, ...] = ()
     root: str | None = None
     max_model_len: int | None = None
-    load: Load = _NO_LOAD
     process_start_s: float | None = None
     cache: CacheConfig | None = None
     error: str = ""
@@ -63,13 +64,14 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class ProbePlan:
-    """How often, how long, how many. The defaults find a hung engine in 12 s, within the default lease of 15 s."""
+    """How often, how long, how many. The defaults find a hung engine in 13 s, within the default lease of 15 s."""
 
-    interval_s: float = 1.0  # busy, or its figures changed
-    idle_interval_s: float = 3.0  # reached step by step while nothing happens
+    interval_s: float = 0.1  # busy, or its figures changed
+    idle_interval_s: float = 2.0  # reached step by step while nothing happens
     retry_s: float = 0.5  # after a failure, until it is down
     down_interval_s: float = 3.0  # reached step by step while it stays down
     models_interval_s: float = 10.0
+    health_interval_s: float = 5.0  # while its metrics come
     timeout_s: float = 2.0
     failures_to_down: int = 3
     refusals_to_down: int = 2
@@ -88,12 +90,18 @@ class ProbeState:
     _failures: int = 0
     _refusals: int = 0
     _pause_s: float = 0.0
-    _models_due: float | None = None  # None: now
+    _health_due: float | None = None  # None: now
+    _models_due: float | None = None
     _models: ServedModels = _NO_MODELS
     _process_start_s: float | None = None
     _caches: dict[int, CacheConfig] = field(default_factory=dict)  # by rank, as are loads
     _loads: dict[int, Load] = field(default_factory=dict)
+    _page: bytes = b""  # of metrics, the last one, and what was read in it: an idle engine's is always the same
+    _seen: dict[int, EngineMetrics] = field(default_factory=dict)
     _errors: dict[str, str] = field(default_factory=dict)  # by what was asked: health, metrics, models
+
+    def wants_health(self, now: float) -> bool:
+        return self._health_due is None or now >= self._health_due
 
     def wants_models(self, now: float) -> bool:
         return self._models_due is None or now >= self._models_due
@@ -103,15 +111,17 @@ class ProbeState:
         self._failures += 1
         self._refusals += refused
         self._errors["health"] = why
+        self._health_due = None
         self._models_due = None  # whoever comes back may be another
         self.whole_page = False
         if self._failures >= self.plan.failures_to_down or self._refusals >= self.plan.refusals_to_down:
-            grown = self._pause_s * 2 if self._health is Health.DOWN else self.plan.interval_s
+            grown = self._pause_s * 2 if self._health is Health.DOWN else self.plan.retry_s * 2
             self._health, self._pause_s = Health.DOWN, min(grown, self.plan.down_interval_s)
         else:
             self._pause_s = self.plan.retry_s
 
-    def healthy(self) -> None:
+    def healthy(self, now: float) -> None:
+        self._health_due = now + self.plan.health_interval_s
         if self._failures:
             self._pause_s = 0.0
         self._failures = self._refusals = 0
@@ -120,7 +130,9 @@ class ProbeState:
 
     def measured(self, page: bytes, at: float) -> None:
         """A page of metrics, filtered or whole. What it does not say keeps its last value."""
-        seen = self._read(page)
+        if page != self._page:
+            self._page, self._seen = page, self._read(page)
+        seen = self._seen
         silent = [rank for rank, metrics in seen.items() if metrics.running is None]
         if len(silent) == len(seen):
             self.unmeasured("/metrics does not say how many requests run")
@@ -146,15 +158,23 @@ class ProbeState:
             waiting=known.waiting if seen.waiting is None else seen.waiting,
             kv_usage=known.kv_usage if seen.kv_usage is None else seen.kv_usage,
             scraped_at=known.scraped_at,
+            loras=known.loras if seen.loras is None else seen.loras,
         )
-        if load == last:
-            return False
-        self._loads[rank] = replace(load, scraped_at=at)
-        return True
+        changed = load != last
+        if changed or load.running or load.waiting:
+            self._loads[rank] = replace(load, scraped_at=at)
+        return changed
 
-    def unmeasured(self, why: str) -> None:
+    def unmeasured(self, why: str, *, alive: bool = True) -> None:
+        """No page of metrics. `alive`: it answered something else."""
         self._errors["metrics"] = why
         self._ease(False)
+        if not alive:
+            self._health_due, self._pause_s = None, min(self._pause_s, self.plan.retry_s)
+
+    def loads(self) -> Mapping[EngineId, Load]:
+        """Of the ranks that have said. `scraped_at`: when a busy engine last said so, and when an idle one began to."""
+        return {engine: self._loads[engine.rank] for engine in self.spec.ids if engine.rank in self._loads}
 
     def listed(self, models: ServedModels, now: float) -> None:
         self._errors.pop("models", None)
@@ -180,7 +200,6 @@ class ProbeState:
                 adapters=self._models.adapters,
                 root=self._models.root,
                 max_model_len=self._models.max_model_len,
-                load=self._loads.get(engine.rank, _NO_LOAD),
                 process_start_s=self._process_start_s,
                 cache=self._caches.get(engine.rank),
                 error=error,
@@ -199,16 +218,17 @@ class ProbeState:
 
 
 class Prober:
-    """Keeps every wanted engine asked, and hands on its facts when they change. An async context; `want` inside it.
+    """Keeps every wanted engine asked, and hands on its facts and its load when they change. An async context.
 
-    `on_facts` is called from the event loop and must not raise: what it raises ends the context. `clock` is monotonic,
-    `wall` gives seconds since the epoch.
+    `want` inside it. `on_facts` and `on_load` are called from the event loop: what they raise ends the context. `clock`
+    is monotonic, `wall` gives seconds since the epoch.
     """
 
     def __init__(
         self,
         session: aiohttp.ClientSession,
         on_facts: Callable[[EngineFacts], None],
+        on_load: Callable[[EngineId, Load], None] = lambda engine, load: None,
         *,
         clock: Callable[[], float],
         wall: Callable[[], float],
@@ -217,6 +237,7 @@ class Prober:
     ) -> None:
         self._session = session
         self._on_facts = on_facts
+        self._on_load = on_load
         self._clock = clock
         self._wall = wall
         self._rng = rng
@@ -260,6 +281,7 @@ class Prober:
     async def _ask_on(self, spec: EngineSpec, hurried: asyncio.Event) -> None:
         state = ProbeState(spec, self._plan)
         told: dict[EngineId, EngineFacts] = {}
+        loads: Mapping[EngineId, Load] = {}
         while True:
             hurried.clear()
             async with self._places:
@@ -268,17 +290,22 @@ class Prober:
                 if told.get(facts.id) != facts:
                     told[facts.id] = facts
                     self._on_facts(facts)
+            before, loads = loads, state.loads()
+            for engine, load in loads.items():
+                if before.get(engine) != load:
+                    self._on_load(engine, load)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(state.pause_s(self._rng)):
                     await hurried.wait()
 
     async def _ask(self, state: ProbeState) -> None:
-        try:
-            await self._get(state.spec, "/health")
-        except AskFailed as failure:
-            state.failed(str(failure), refused=failure.refused)
-            return
-        state.healthy()
+        if state.wants_health(self._clock()):
+            try:
+                await self._get(state.spec, "/health")
+            except AskFailed as failure:
+                state.failed(str(failure), refused=failure.refused)
+                return
+            state.healthy(self._clock())
         await self._ask_metrics(state)
         if state.wants_models(self._clock()):
             try:
@@ -293,7 +320,7 @@ class Prober:
                 state.whole_page = True
                 page = await self._get(state.spec, METRICS_ALL)
         except AskFailed as failure:
-            state.unmeasured(str(failure))
+            state.unmeasured(str(failure), alive=failure.status is not None)
         else:
             state.measured(page, self._wall())
 
@@ -305,7 +332,7 @@ class Prober:
             if failure.status is None:
                 raise
             return None
-        return None if parse_metrics(page).running is None else page
+        return page if any(name in page for name in _RUNNING) else None
 
     async def _get(self, spec: EngineSpec, path: str) -> bytes:
         return await ask(self._session, spec.url, path, api_key=spec.api_key, timeout_s=self._plan.timeout_s)

@@ -119,6 +119,10 @@ class PromptPipeline:
         templates = ChatTemplates.load(files, now, engines.chat_template)
         return cls(TextTokenizer.load(files), templates, PrefixCache(cache_bytes_max), engines)
 
+    def forget(self) -> None:
+        """Reuse nothing of what was tokenised until now. In any thread."""
+        self.prefixes = PrefixCache(self.prefixes.bytes_max)
+
     def tokenize(self, request: PromptRequest) -> TokenizedPrompt:
         """Raises `PromptError`: route the request without keys, or have an engine tokenise it."""
         match request:

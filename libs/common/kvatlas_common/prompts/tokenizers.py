@@ -4,45 +4,26 @@
 adds or changes, the names of the special tokens, and what stands around a text with `add_special_tokens`. Source:
 transformers 5.19 tokenization_utils_tokenizers.py and tokenization_utils_base.py, vLLM 0.32 tokenizers/registry.py.
 
-`Encoder` is the part another library may replace, if it is proven to give the same ids.
+`fast_encoder` takes the place of `tokenizers` for the text itself wherever it is proven to give the same ids.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 
-from kvatlas_common.prompts.errors import BadModelFiles, PromptError
+from kvatlas_common.prompts.encoders import Encoder
+from kvatlas_common.prompts.errors import BadModelFiles
+from kvatlas_common.prompts.fast_encoder import fastest
 from kvatlas_common.prompts.model_files import TOKENIZER, ModelFiles
 from kvatlas_common.prompts.requests import TokenIds
 from kvatlas_common.prompts.special_tokens import SpecialTokens, treats_pieces_alike
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-class Encoder(Protocol):
-    """The ids of a text alone: nothing in front, nothing behind, never truncated."""
-
-    def encode(self, text: str) -> TokenIds:
-        """uint32[n]. Raises `PromptError` for text that is no Unicode."""
-
-
-class LibraryEncoder:
-    """`tokenizers.Tokenizer`, without the parts of an encoding that are not ids."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def encode(self, text: str) -> TokenIds:
-        try:
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-        except (TypeError, UnicodeError) as error:  # lone surrogates, which JSON can carry
-            raise PromptError("the text is not valid Unicode") from error
-        return np.array(encoding.ids, np.uint32)
 
 
 class TextTokenizer:
@@ -57,7 +38,7 @@ class TextTokenizer:
     ) -> None:
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self.encoder: Encoder = LibraryEncoder(tokenizer)
+        self.encoder: Encoder = fastest(tokenizer, definition)
         self.front, self.back = _around(tokenizer)
         self.names = dict(names)
         self.special = SpecialTokens(tokenizer.get_added_tokens_decoder().values())

@@ -14,7 +14,7 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -27,12 +27,11 @@ from grpc_reflection.v1alpha import reflection
 
 from kvatlas_common import wire
 from kvatlas_common.logs import LimitedLog
-from kvatlas_common.observations import Observation
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as pb_grpc
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.addresses import AddressUnavailable, unavailable
-from kvatlas_indexer.core.contracts import FleetDelta, Index, IndexUnavailable, UnknownModel
+from kvatlas_indexer.core.contracts import FleetDelta, Index, IndexUnavailable, Reports, UnknownModel
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ GRPC_LOG = logging.getLogger("grpc._cython.cygrpc")
 
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[object, object]
-OnObservation = Callable[[Observation], None]
+ROUTER_METADATA = "kvatlas-router"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class Observed:
 class GrpcServer:
     """The gRPC side of an indexer, in the caller's event loop."""
 
-    def __init__(self, index: Index, on_observation: OnObservation, options: GrpcOptions | None = None) -> None:
+    def __init__(self, index: Index, reports: Reports, options: GrpcOptions | None = None) -> None:
         self.observed = Observed()
         options = options or GrpcOptions()
         self._draining = asyncio.Event()
@@ -92,7 +91,7 @@ class GrpcServer:
         )
         servicer = _KvIndex(
             index=index,
-            on_observation=on_observation,
+            reports=reports,
             options=options,
             observed=self.observed,
             draining=self._draining,
@@ -151,14 +150,14 @@ class _KvIndex(pb_grpc.KvIndexServicer):
         self,
         *,
         index: Index,
-        on_observation: OnObservation,
+        reports: Reports,
         options: GrpcOptions,
         observed: Observed,
         draining: asyncio.Event,
         limited: LimitedLog,
     ) -> None:
         self._index = index
-        self._on_observation = on_observation
+        self._reports = reports
         self._options = options
         self._observed = observed
         self._draining = draining
@@ -176,7 +175,7 @@ class _KvIndex(pb_grpc.KvIndexServicer):
         except ValueError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         try:
-            answer = await self._index.match(model, prompts, engines)
+            answer = await self._index.match(model, prompts, engines, estimate=request.estimate)
         except UnknownModel:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"model: no engine serves {model!r}")
         except IndexUnavailable as error:
@@ -186,34 +185,49 @@ class _KvIndex(pb_grpc.KvIndexServicer):
     async def WatchFleet(self, request: pb.WatchFleetRequest, context: Context) -> AsyncIterator[pb.FleetUpdate]:
         router = request.router[:ROUTER_CHARS_MAX]
         self._limited.info(f"watch {router}", "a router watches the fleet", router=router)
-        deltas = cast(AsyncGenerator[FleetDelta, None], self._index.watch())
+        deltas = cast(AsyncGenerator[FleetDelta, None], self._index.watch(router))
         async with aclosing(deltas), aclosing(_until(self._draining, deltas)) as current:
             async for delta in current:
                 yield pb.FleetUpdate(
                     snapshot=delta.snapshot,
                     engines=[wire.engine_message(view) for view in delta.changed],
                     removed=[str(engine) for engine in delta.removed],
+                    loads=[wire.load_message(engine, load) for engine, load in delta.loads],
                 )
         await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
 
     async def Observe(self, requests: AsyncIterator[pb.Observation], context: Context) -> pb.ObserveSummary:
-        received = 0
-        async with aclosing(_until(self._draining, aiter(requests))) as current:
-            async for message in current:
-                received += 1
-                self._observed.received += 1
-                try:
-                    observation = wire.observation(message)
-                except ValueError as error:
-                    self._observed.refused += 1
-                    self._limited.warning(
-                        "observation", "an observation is not understood", peer=context.peer(), why=str(error)
-                    )
-                    continue
-                self._on_observation(observation)
+        received, router = 0, _router(context)
+        self._reports.joined(router)
+        try:
+            async with aclosing(_until(self._draining, aiter(requests))) as current:
+                async for message in current:
+                    received += 1
+                    self._take(message, router, context)
+        finally:
+            self._reports.left(router)
         if self._draining.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
         return pb.ObserveSummary(received=received)
+
+    def _take(self, message: pb.Observation, router: str, context: Context) -> None:
+        self._observed.received += 1
+        try:
+            observation = wire.observation(message)
+        except ValueError as error:
+            self._observed.refused += 1
+            peer = context.peer()
+            self._limited.warning("observation", "an observation is not understood", peer=peer, why=str(error))
+            return
+        self._reports.reported(router, observation)
+
+
+def _router(context: Context) -> str:
+    """Who reports; one that does not say is known by its connection."""
+    for name, value in context.invocation_metadata() or ():
+        if name == ROUTER_METADATA and isinstance(value, str) and value:
+            return value[:ROUTER_CHARS_MAX]
+    return context.peer()
 
 
 def _lookup(request: pb.MatchRequest) -> tuple[str, dict[str, list[int]], tuple[EngineId, ...]]:

@@ -14,6 +14,7 @@ from kvatlas_indexer.adapters.zmq_source import Received
 from kvatlas_indexer.core.accuracy import Accuracy
 from kvatlas_indexer.core.healing import Healing
 from kvatlas_indexer.core.index import KvIndex
+from kvatlas_indexer.core.routing import Routing
 
 ENGINES_LABELLED_MAX = 512
 """Engines with series of their own; the figures of those beyond are summed under `engine="other"`."""
@@ -21,8 +22,16 @@ ENGINES_LABELLED_MAX = 512
 
 class IndexMetrics(Collector):
     def __init__(
-        self, index: KvIndex, accuracy: Accuracy, healing: Healing, received: Received, observed: Observed
+        self,
+        index: KvIndex,
+        accuracy: Accuracy,
+        healing: Healing,
+        routing: Routing,
+        *,
+        received: Received,
+        observed: Observed,
     ) -> None:
+        self._routing = routing
         self._observed = observed
         self._index = index
         self._accuracy = accuracy
@@ -104,3 +113,8 @@ class IndexMetrics(Collector):
         yield GaugeMetricFamily(
             f"{name}requests_awaited", "Requests whose end will be compared", value=self._healing.awaited
         )
+        routing = self._routing
+        yield GaugeMetricFamily(f"{name}requests_in_flight", "Of all routers", value=len(routing.in_flight))
+        yield GaugeMetricFamily(f"{name}routers", "Routers that report", value=routing.in_flight.routers)
+        yield GaugeMetricFamily(f"{name}requests_predicted", "Not confirmed by events", value=len(routing.predicted))
+        yield GaugeMetricFamily(f"{name}estimated_blocks", "In the routing history", value=len(routing.history))

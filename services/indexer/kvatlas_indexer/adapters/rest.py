@@ -21,6 +21,7 @@ from kvatlas_common.blocks.extras import Lora, PromptExtras, UnknownExtra
 from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.fleet import EngineView, Sync
+from kvatlas_common.history import ESTIMATE_PROFILE
 from kvatlas_common.words import BlockKey, EngineId, Medium
 from kvatlas_indexer.adapters.http_server import LimitBody, serve
 from kvatlas_indexer.adapters.rest_json import (
@@ -72,8 +73,8 @@ def build_app(
 def _add_lookups(app: FastAPI, index: Index, blocks: Blocks | None) -> None:
     def shown(view: EngineView) -> dict[str, object]:
         if blocks is None or view.sync is Sync.UNKNOWN:  # unknown is not empty
-            return engine_json(view, None)
-        return engine_json(view, blocks(view.id))
+            return engine_json(view, index.load(view.id), None)
+        return engine_json(view, index.load(view.id), blocks(view.id))
 
     @app.get("/v1/engines")
     async def engines() -> JSONResponse:
@@ -109,7 +110,7 @@ def _add_lookups(app: FastAPI, index: Index, blocks: Blocks | None) -> None:
     @app.post("/v1/match")
     async def match(body: MatchBody) -> JSONResponse:
         prompts = await _prompts(body, index.fleet().serving(body.model))
-        answer = await index.match(body.model, prompts, body.engines)
+        answer = await index.match(body.model, prompts, body.engines, estimate=body.estimate)
         return JSONResponse(match_json(body.model, prompts, answer))
 
 
@@ -145,6 +146,8 @@ def _only_model(index: Index) -> str:
 async def _prompts(body: MatchBody, engines: tuple[EngineView, ...]) -> dict[str, list[int]]:
     """Hash profile name -> keys of the prompt, for the profiles asked for or those of `engines`. Raises `Refused`."""
     names = [body.profile] if body.profile else sorted({view.profile for view in engines if view.profile})
+    if body.estimate and body.keys is None and not body.profile:
+        names.append(ESTIMATE_PROFILE.name)  # of engines whose own is not known
     if body.keys is not None:
         if len(names) > 1:
             raise Refused(400, f"profile: say whose keys these are: {', '.join(names)}", "profile_required")
@@ -165,7 +168,7 @@ def _lora(model: str, profile: str, engines: tuple[EngineView, ...]) -> Lora | N
     """The adapter that `model` names on the engines of this profile, if it names one."""
     for view in engines:
         adapter = view.adapter(model)
-        if adapter is not None and view.profile == profile:
+        if adapter is not None and profile in (view.profile, ESTIMATE_PROFILE.name):
             return Lora(adapter.name, adapter.number, adapter.path)
     return None
 

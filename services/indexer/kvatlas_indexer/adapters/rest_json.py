@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from kvatlas_common.fleet import EngineView
+from kvatlas_common.fleet import EngineView, Load
 from kvatlas_common.matching import Holder, MatchAnswer
 from kvatlas_common.words import KEY_MASK, BlockKey, EngineId, Medium
 
@@ -53,7 +53,10 @@ Engine = Annotated[EngineId, BeforeValidator(lambda value: EngineId.parse(str(va
 
 
 class MatchBody(BaseModel):
-    """`POST /v1/match`: a prompt as block keys (of one hash profile) or as token ids."""
+    """`POST /v1/match`: a prompt as block keys (of one hash profile) or as token ids.
+
+    `estimate`: answer from where prompts were routed, not from the index.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -63,6 +66,7 @@ class MatchBody(BaseModel):
     profile: str | None = Field(None, max_length=2048)
     cache_salt: str | None = Field(None, max_length=4096)
     engines: list[Engine] = Field(default_factory=list, max_length=ENGINES_MAX)
+    estimate: bool = False
 
     @model_validator(mode="after")
     def _one_prompt(self) -> MatchBody:
@@ -82,7 +86,7 @@ class BlocksBody(BaseModel):
     keys: list[Key] = Field(max_length=BLOCKS_MAX)
 
 
-def engine_json(view: EngineView, blocks: Mapping[Medium, int] | None) -> Json:
+def engine_json(view: EngineView, load: Load, blocks: Mapping[Medium, int] | None) -> Json:
     """`blocks`: distinct blocks held per medium; null where not known."""
     return {
         "id": str(view.id),
@@ -93,10 +97,16 @@ def engine_json(view: EngineView, blocks: Mapping[Medium, int] | None) -> Json:
         "root": view.root,
         "health": view.health,
         "load": {
-            "running": view.load.running,
-            "waiting": view.load.waiting,
-            "kv_usage": view.load.kv_usage,
-            "scraped_at": view.load.scraped_at or None,
+            "running": load.running,
+            "waiting": load.waiting,
+            "kv_usage": load.kv_usage,
+            "scraped_at": load.scraped_at or None,
+            "loras": sorted(load.loras),
+            "in_flight": {
+                "prefilling": load.others.prefilling,
+                "prefill_tokens": load.others.prefill_tokens,
+                "decoding": load.others.decoding,
+            },
         },
         "profile": view.profile,
         "profile_verified": view.profile_verified,
@@ -104,6 +114,8 @@ def engine_json(view: EngineView, blocks: Mapping[Medium, int] | None) -> Json:
         "sync": view.sync,
         "inexact_reason": view.inexact_reason,
         "max_model_len": view.max_model_len,
+        "kv_tokens": view.kv_tokens,
+        "labels": dict(view.labels),
         "blocks": None if blocks is None else {str(medium): n for medium, n in blocks.items()},
     }
 
@@ -137,6 +149,7 @@ def match_json(model: str, prompts: Mapping[str, list[int]], answer: MatchAnswer
                 "media": {str(medium): n for medium, n in m.media.items()},
                 "exact": m.exact,
                 "doubtful": m.doubtful,
+                "expected": max(m.expected, m.blocks),
             }
             for m in sorted(answer.matches, key=lambda m: (-m.blocks, m.engine))
         ],

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from kvatlas_common.fleet import Fleet
 from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
 from kvatlas_common.words import EngineId
-from kvatlas_indexer.adapters.local_index import Watchers
 from kvatlas_indexer.adapters.redis_client import StoreUnavailable
 from kvatlas_indexer.adapters.redis_store import WINDOW_FIRST, Lookup, RedisStore
-from kvatlas_indexer.core.contracts import FleetDelta, IndexUnavailable
+from kvatlas_indexer.core.contracts import IndexUnavailable
 from kvatlas_indexer.core.records import EngineRecord, decode_record
 from kvatlas_indexer.core.shared import SharedFleet
 
@@ -27,15 +26,21 @@ RETRY_S = 0.5
 
 
 class SharedIndex:
-    """`contracts.Index` over a `RedisStore`."""
+    """`contracts.Lookups` over a `RedisStore`.
 
-    def __init__(self, store: RedisStore) -> None:
+    `on_change`: called when the fleet may have changed; `on_emptied`: with engines whose cache is another's, or empty.
+    """
+
+    def __init__(
+        self, store: RedisStore, *, on_change: Callable[[], None], on_emptied: Callable[[EngineId], None]
+    ) -> None:
         self._store = store
+        self._on_change = on_change
+        self._on_emptied = on_emptied
         self._shared = SharedFleet()
         self._version = 0
         self._decoded: dict[str, tuple[bytes, EngineRecord]] = {}
         self._reading = asyncio.Lock()
-        self._watchers = Watchers(self.fleet)
 
     async def match(
         self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
@@ -73,9 +78,6 @@ class SharedIndex:
         """The slot numbers in the records of all engines."""
         return self._shared.live_slots
 
-    def watch(self) -> AsyncIterator[FleetDelta]:
-        return self._watchers.watch()
-
     async def run(self) -> None:
         """Keeps the fleet up to date until cancelled."""
         said = ""
@@ -107,7 +109,7 @@ class SharedIndex:
             self._version, records = await self._store.records()
         self._shared = SharedFleet(record for engine, data in records.items() if (record := self._decode(engine, data)))
         self._decoded = {engine: self._decoded[engine] for engine in records if engine in self._decoded}
-        self._watchers.wake()
+        self._on_change()
 
     def _decode(self, engine: str, data: bytes) -> EngineRecord | None:
         before = self._decoded.get(engine)
@@ -118,5 +120,7 @@ class SharedIndex:
         except ValueError as error:
             log.warning("a record in the store is passed over", extra={"engine": engine, "why": str(error)})
             return None
+        if before is not None and not before[1].lives_on_in(record):
+            self._on_emptied(record.view().id)
         self._decoded[engine] = (data, record)
         return record

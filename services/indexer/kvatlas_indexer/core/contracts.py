@@ -6,18 +6,20 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvatlas_common.fleet import EngineView, Fleet
+from kvatlas_common.fleet import EngineView, Fleet, Load
 from kvatlas_common.matching import Holder, MatchAnswer
+from kvatlas_common.observations import Observation
 from kvatlas_common.words import EngineId
 
 
 @dataclass(frozen=True, slots=True)
 class FleetDelta:
-    """A change of the fleet; with `snapshot`, `changed` is all of it."""
+    """A change of the fleet or of loads; with `snapshot`, `changed` and `loads` are all there is."""
 
     snapshot: bool
     changed: tuple[EngineView, ...] = ()
     removed: tuple[EngineId, ...] = ()
+    loads: tuple[tuple[EngineId, Load], ...] = ()
 
 
 class UnknownModel(LookupError):
@@ -28,8 +30,8 @@ class IndexUnavailable(Exception):
     """The store cannot be asked just now: not the same as nobody holding anything."""
 
 
-class Index(Protocol):
-    """What a lookup needs, whoever asks and wherever residency is kept."""
+class Lookups(Protocol):
+    """The residency, wherever it is kept, and the fleet it is of."""
 
     async def match(
         self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
@@ -46,6 +48,46 @@ class Index(Protocol):
 
     def fleet(self) -> Fleet: ...
 
-    def watch(self) -> AsyncIterator[FleetDelta]:
-        """A snapshot, then changes, until the iterator is closed. A slow reader gets a new snapshot, not a backlog."""
+
+class Index(Protocol):
+    """What routers and people ask."""
+
+    async def match(
+        self,
+        model: str,
+        prompts: Mapping[str, Sequence[int]],
+        engines: Collection[EngineId] = (),
+        *,
+        estimate: bool = False,
+    ) -> MatchAnswer:
+        """As `Lookups.match`, with what is expected; or, with `estimate`, from where prompts were routed."""
         ...
+
+    async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:
+        """As `Lookups.holders`."""
+        ...
+
+    def fleet(self) -> Fleet: ...
+
+    def load(self, engine: EngineId) -> Load:
+        """As this shard knows it."""
+        ...
+
+    def watch(self, router: str = "") -> AsyncIterator[FleetDelta]:
+        """A snapshot, then changes, until the iterator is closed. A slow reader gets fewer and larger ones.
+
+        Loads are as `router` is to see them: without its own requests.
+        """
+        ...
+
+
+class Reports(Protocol):
+    """Who is told what routers report. A router is known by the name it gives; without one, by its connection."""
+
+    def joined(self, router: str) -> None:
+        """A stream of reports begins; it begins with the requests in flight."""
+        ...
+
+    def reported(self, router: str, observation: Observation) -> None: ...
+
+    def left(self, router: str) -> None: ...

@@ -7,7 +7,7 @@ that need the network (a replay) are returned.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -68,8 +68,10 @@ class Engine:
         bounds: Bounds | None = None,
         reannounces: bool = False,
         drop_last_blocks: int = 0,
+        on_emptied: Callable[[EngineId], None] = lambda engine: None,
     ) -> None:
         self.id = engine
+        self._on_emptied = on_emptied
         self.stream = stream
         self.naming = naming
         self.rules: dict[int, GroupRule] = {}
@@ -306,6 +308,7 @@ class Engine:
     def _clear(self, now: float) -> None:
         """The gpu's pool is empty; whether the other tiers went with it, the event does not say: they are in doubt."""
         self.counts["cleared"] += 1
+        self._on_emptied(self.id)
         self._residency.clear(self.id, [Medium.GPU])
         self._due -= {Medium.GPU}
         self._ahead = {}  # from nothing on, every partition applies the same
@@ -343,6 +346,7 @@ class Engine:
 
     def _begin_epoch(self, reason: str, now: float) -> None:
         self.counts["restart"] += 1
+        self._on_emptied(self.id)
         self.epoch += 1
         self._ahead = {}
         self._residency.clear(self.id)

@@ -47,13 +47,13 @@ def describe(known: Known, expected: Expected, projection: Projection, residency
         adapters=list(view.adapters),
         root=view.root,
         health=view.health,
-        load=view.load,
         profile=view.profile,
         profile_verified=view.profile_verified,
         block_size=view.block_size,
         sync=view.sync,
         inexact_reason=view.inexact_reason,
         max_model_len=view.max_model_len,
+        kv_tokens=view.kv_tokens,
         heard=known.can_be_matched(view),
         drop_last_blocks=engine.drop_last_blocks,
         places=[
@@ -71,6 +71,7 @@ def describe(known: Known, expected: Expected, projection: Projection, residency
         naming=NamingRecord(
             naming.reproduces, naming.profile.name if naming.profile else None, naming.verified, naming.extras_proven
         ),
+        labels=view.labels,
     )
 
 
@@ -94,7 +95,6 @@ def resume(
             adapters=tuple(record.adapters),
             root=record.root,
             max_model_len=record.max_model_len,
-            load=record.load,
         )
     at = [r for r in reached if r is not None and r.epoch == record.epoch]
     if len(at) < len(reached) or not at or not record.naming.own:

@@ -41,12 +41,20 @@ ENGINES_MAX = 4096
 class KvIndex:
     """Not thread-safe: one event loop owns it. `now` is in seconds since the epoch throughout."""
 
-    def __init__(self, rules: Rules | None = None, *, on_finding: Callable[[EngineId | None, Finding], None]) -> None:
+    def __init__(
+        self,
+        rules: Rules | None = None,
+        *,
+        on_finding: Callable[[EngineId | None, Finding], None],
+        on_emptied: Callable[[EngineId], None] = lambda engine: None,
+    ) -> None:
+        """`on_emptied`: told of engines that restarted or were cleared."""
         self.rules = rules or Rules()
         self.residency = Residency()
         self.refused: Counter[str] = Counter()
         """Messages not taken, by reason: frames, message, payload, claim, too-many-engines."""
         self._on_finding = on_finding
+        self._on_emptied = on_emptied
         self._known: dict[EngineId, Known] = {}
         self._ranks: dict[str, dict[int, Known]] = {}  # the same by address and rank
         self._specs: dict[str, EngineSpec] = {}
@@ -172,7 +180,9 @@ class KvIndex:
         return commands
 
     def _learn(self, known: Known, facts: EngineFacts, now: float) -> list[Command]:
-        known.facts = facts
+        before, known.facts = known.facts, facts
+        if before and before.process_start_s is not None and before.process_start_s != facts.process_start_s:
+            self._on_emptied(known.id)  # one that publishes no events says it only here
         self._stale.add(known.id)
         network: list[Network] = []
         if facts.health is Health.READY:
@@ -321,6 +331,7 @@ class KvIndex:
             bounds=self.rules.bounds,
             reannounces=bool(spec and spec.reannounces),
             drop_last_blocks=spec.speculative_drop_blocks if spec else 0,
+            on_emptied=self._on_emptied,
         )
 
     def _drop(self, known: Known) -> list[Command]:
@@ -381,7 +392,7 @@ class KvIndex:
         return []
 
     def _freshen(self) -> None:
-        """The views as they are now. A change of load alone leaves the matching plans as they are."""
+        """The views as they are now. What does not matter to matching leaves the plans as they are."""
         for engine in self._stale:
             known, before = self._known.get(engine), self._views.pop(engine, None)
             after = known.view(self.rules.expected) if known else None

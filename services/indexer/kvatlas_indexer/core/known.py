@@ -52,13 +52,14 @@ class Known:
             adapters=facts.adapters,
             root=facts.root,
             health=Health.DOWN if self.down_since is not None else facts.health,
-            load=facts.load,
             profile=profile.name if profile else None,
             profile_verified=naming.verified,
             block_size=size,
             sync=sync,
             inexact_reason=reason,
             max_model_len=facts.max_model_len,
+            kv_tokens=facts.cache.gpu_tokens if facts.cache else None,
+            labels=self.spec.labels if self.spec else (),
         )
 
     def can_be_matched(self, view: EngineView) -> bool:

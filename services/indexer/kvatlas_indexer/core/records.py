@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from kvatlas_common.fleet import Adapter, EngineView, Health, Load, Sync
+from kvatlas_common.fleet import Adapter, EngineView, Health, Sync
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core.match import GroupRule
 
@@ -53,19 +53,20 @@ class EngineRecord(msgspec.Struct, frozen=True):
     adapters: list[Adapter]
     root: str | None
     health: Health
-    load: Load
     profile: str | None
     profile_verified: bool
     block_size: int | None
     sync: Sync
     inexact_reason: str
     max_model_len: int | None
+    kv_tokens: int | None
     heard: bool  # its cache is known, if only that it is empty
     drop_last_blocks: int
     places: list[PlaceRecord]
     rules: list[RuleRecord]
     stream: StreamRecord
     naming: NamingRecord
+    labels: tuple[tuple[str, str], ...] = ()
 
     def view(self) -> EngineView:
         """Raises `ValueError` for an engine name that is none."""
@@ -76,17 +77,25 @@ class EngineRecord(msgspec.Struct, frozen=True):
             adapters=tuple(self.adapters),
             root=self.root,
             health=self.health,
-            load=self.load,
             profile=self.profile,
             profile_verified=self.profile_verified,
             block_size=self.block_size,
             sync=self.sync,
             inexact_reason=self.inexact_reason,
             max_model_len=self.max_model_len,
+            kv_tokens=self.kv_tokens,
+            labels=self.labels,
         )
 
     def group_rules(self) -> dict[int, GroupRule]:
         return {rule.group: GroupRule.of(rule.kind, rule.window) for rule in self.rules}
+
+    def lives_on_in(self, later: EngineRecord) -> bool:
+        """Whether what the engine held it may hold still: neither restarted nor cleared in between."""
+        started, before = self.stream.process_start, self.slot_numbers()
+        if self.epoch != later.epoch or (started is not None and started != later.stream.process_start):
+            return False
+        return not before or not before.isdisjoint(later.slot_numbers())
 
     def slot_numbers(self) -> set[int]:
         return {number for place in self.places for number in (place.live, *place.doubts)}

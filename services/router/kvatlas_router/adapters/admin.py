@@ -91,8 +91,11 @@ def _weighed(term: Term, decision: Decision) -> Mapping[str, Any]:
         "cached_tokens": term.cached_tokens,
         "tokens_to_compute": term.to_compute,
         "queued_tokens": term.queued_tokens,
-        "in_flight": term.in_flight,
-        "cost": term.cost,
+        "pending": term.pending,
+        "decoding": term.decoding,
+        "ttft_ms": round(term.cost.ttft_ms, 3),
+        "cost_ms": round(term.cost.total_ms, 3),
+        "cost": {name: round(value, 3) for name, value in term.cost._asdict().items()},
     }
 
 

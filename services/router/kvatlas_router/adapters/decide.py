@@ -1,40 +1,34 @@
 """From a request to a choice: render and tokenise, make the keys, look them up, weigh the engines.
 
-Every step may fail, and none of the failures fails the request: the choice is then made by affinity, with the failure
-as its cause. What is looked up is the fleet at one moment; a `Decision` holds all that was learnt, for the forwarder,
-the log, the observers and `/debug/route` alike.
+Every step may fail, and none of the failures fails the request: the choice is then made by the next policy of the
+plan, with the failure as its cause. What is looked up is the fleet at one moment; a `Decision` holds all that was
+learnt, for the forwarder, the log, the observers and `/debug/route` alike.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from kvatlas_common.fleet import EngineView, Fleet, Health, Sync
+from kvatlas_common.fleet import EngineView, Fleet, Health, Load
 from kvatlas_common.logs import LimitedLog
 from kvatlas_common.matching import MatchAnswer
+from kvatlas_common.words import EngineId
 from kvatlas_router.adapters.index_client import LookupFailed
+from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.body import Body
-from kvatlas_router.core.choice import (
-    Candidate,
-    Choice,
-    NoEngine,
-    Policy,
-    by_affinity,
-    by_chance,
-    by_cost,
-    by_load,
-    by_turn,
-)
+from kvatlas_router.core.choice import Choice, NoEngine, Strategy
+from kvatlas_router.core.chooser import Chooser
 from kvatlas_router.core.homes import ResponseHomes
-from kvatlas_router.core.ledger import Ledger
-from kvatlas_router.core.prompt import Keys, NoTokens, Prompt
+from kvatlas_router.core.plans import Labels, Plan, Plans
+from kvatlas_router.core.policies import Needs, Policy
+from kvatlas_router.core.prompt import ESTIMATE, Keys, NoTokens, Prompt
 
 BYTES_PER_TOKEN = 4  # of a body that was not tokenised: good enough to weigh it
 
@@ -49,12 +43,13 @@ class Lookup(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request, as far as choosing is concerned. `session`: its session header, if any."""
+    """A request as it came. `session`: what its session header or cookie says; `labels`: of engines it is for."""
 
     path: str
     lookup: Lookup
     body: Body
     session: str | None = None
+    labels: Labels = ()
 
     @property
     def estimated_tokens(self) -> int:
@@ -76,7 +71,11 @@ class Index(Protocol):
         """Whether asking makes sense just now."""
         ...
 
-    async def match(self, model: str, prompts: Mapping[str, Keys]) -> MatchAnswer: ...
+    async def match(self, model: str, prompts: Mapping[str, Keys], *, estimate: bool = False) -> MatchAnswer:
+        """What engines hold, or with `estimate` what they should by what was sent to them. Raises `LookupFailed`."""
+        ...
+
+    def loads(self) -> Mapping[EngineId, Load]: ...
 
 
 class Tokens(Protocol):
@@ -116,6 +115,7 @@ class Decision:
     """`pinned`: addresses with several ranks, where a request must name the one it is for."""
 
     model: str
+    ask: Ask
     choice: Choice
     learnt: Learnt
     pinned: frozenset[str]
@@ -124,102 +124,141 @@ class Decision:
     def comparable(self) -> bool:
         """Whether the engine's cached tokens may be held against the prediction."""
         prompt = self.learnt.prompt
-        return prompt is not None and prompt.complete and prompt.comparable
+        told = self.choice.reason.strategy is Strategy.PRECISE
+        return told and prompt is not None and prompt.complete and prompt.comparable
 
 
 @dataclass(frozen=True, slots=True)
 class Decider:
-    """`fleet` and `clock` are asked at every decision; `chance` draws from [0, 1)."""
+    """`fleet` and `clock` are asked at every decision."""
 
     fleet: Callable[[], Fleet]
     tokens: Tokens
     index: Index
-    ledger: Ledger
+    chooser: Chooser
     homes: ResponseHomes
-    policy: Policy
-    chance: Callable[[], float]
+    plans: Plans
     clock: Callable[[], float]
-    turns: Iterator[int]
     problems: LimitedLog
 
     async def decide(self, asked: Asked) -> Decision:
         """Raises `UnknownModel` and `NoEngine`."""
         fleet = self.fleet()
         model, views = _serving(fleet, asked)
-        learnt = Learnt()
-        if self.policy is not Policy.PRECISE or asked.lookup is Lookup.NONE:
-            choice = self._without_lookup(self._candidates(views), asked.estimated_tokens)
-        else:
-            choice = await self._by_lookup(asked, model, views, learnt)
+        plan = self.plans.of(model)
+        views = _labelled(views, (*plan.labels, *asked.labels), model)
+        inquiry = _Inquiry(self, asked, model, views, self._ask(asked, model))
+        choice = await inquiry.choice(plan)
         pinned = frozenset(e.address for e in fleet.engines if e.rank)
-        return Decision(model, choice, learnt, pinned)
+        return Decision(model, inquiry.ask, choice, inquiry.learnt, pinned)
 
-    async def _by_lookup(self, asked: Asked, model: str, views: Sequence[EngineView], learnt: Learnt) -> Choice:
+    def _ask(self, asked: Asked, model: str) -> Ask:
+        """What is known of a request without tokenising it."""
+        return Ask(
+            model,
+            asked.estimated_tokens,
+            session=asked.body.session(asked.session),
+            prefix=asked.body.opening(),
+            home=self.homes.of(asked.body.fields.get("previous_response_id")),
+            streams=asked.body.streams,
+        )
+
+
+class _Inquiry:
+    """One request on its way to a choice: what it has cost already is not done again for the next policy."""
+
+    def __init__(self, decider: Decider, asked: Asked, model: str, views: Sequence[EngineView], ask: Ask) -> None:
+        self.ask = ask
+        self.learnt = Learnt()
+        self._decider = decider
+        self._asked = asked
+        self._model = model
+        self._views = views
+        self._cause: str | None = None
+
+    async def choice(self, plan: Plan) -> Choice:
+        """By the first policy of the plan that has an answer. Raises `NoEngine`."""
+        policies = plan.policies
+        if self._asked.lookup is Lookup.NONE and policies[0].needs is not Needs.NOTHING:
+            policies = policies[-1:]  # any engine will do
+        for policy in policies:
+            answer: MatchAnswer | None = None
+            if policy.needs is not Needs.NOTHING:
+                answer = await self._look_up(estimate=policy.needs is Needs.HISTORY)
+                if answer is None:
+                    continue
+            choice = self._chosen(policy, answer)
+            if choice is not None:
+                return choice
+            self._cause = self._cause or "unknown-engines"
+        raise NoEngine("no policy has an answer")
+
+    def _chosen(self, policy: Policy, answer: MatchAnswer | None) -> Choice | None:
+        decider, now = self._decider, self._decider.clock()
+        with self.learnt.stage("choose"):
+            return decider.chooser.choose(
+                policy,
+                self.ask,
+                self._views,
+                loads=decider.index.loads(),
+                answer=answer,
+                now=now,
+                cause=self._cause,
+                suspects=decider.chooser.books.suspects(now),
+            )
+
+    async def _look_up(self, *, estimate: bool) -> MatchAnswer | None:
+        """None: it cannot be done; why is the cause of what is done instead."""
+        if self.learnt.failure:
+            return None  # it would fail again
         try:
-            if asked.lookup is Lookup.SESSION:
+            if self._asked.lookup is Lookup.SESSION:
                 raise NoTokens("no-prompt")
-            answer = await self._look_up(asked, model, views, learnt)
-            with learnt.stage("choose"):
-                return by_cost(self._candidates(views, answer, learnt.keys), learnt.prompt_tokens or 0)
+            return await self._answer(estimate)
         except (NoTokens, LookupFailed) as failure:
-            learnt.failure, cause = str(failure), failure.cause
+            self.learnt.failure, self._cause = str(failure), self._cause or failure.cause
+        except UnknownProfile as failure:
+            self._cause = str(failure)  # a guess can still be made
         except Exception as defect:
             # Whatever is wrong here is not the user's fault. The message may quote the prompt: only the place is told.
-            learnt.failure, cause = _place(defect), "defect"
-            self.problems.warning("defect", "decision failed", where=learnt.failure, path=asked.path)
-        return self._by_affinity(asked, views, learnt, cause)
+            self.learnt.failure, self._cause = _place(defect), "defect"
+            self._decider.problems.warning(
+                "defect", "decision failed", where=self.learnt.failure, path=self._asked.path
+            )
+        return None
 
-    def _by_affinity(self, asked: Asked, views: Sequence[EngineView], learnt: Learnt, cause: str) -> Choice:
-        home = self.homes.of(asked.body.fields.get("previous_response_id"))
-        key = asked.body.session(asked.session)
-        tokens = learnt.prompt_tokens or asked.estimated_tokens
-        return by_affinity(self._candidates(views), tokens, key, cause=cause, home=home)
-
-    async def _look_up(self, asked: Asked, model: str, views: Sequence[EngineView], learnt: Learnt) -> MatchAnswer:
-        if not self.index.available:
+    async def _answer(self, estimate: bool) -> MatchAnswer:
+        decider, learnt = self._decider, self.learnt
+        if not decider.index.available:
             raise LookupFailed("index-unavailable", "no indexer is up")
-        with learnt.stage("tokenise"):
-            learnt.prompt = await self.tokens.tokens(asked.path, asked.body, model, views)
-        keys = learnt.prompt.keys
-        if not any(len(k) for k in keys.values()) and all(_is_empty(v) or v.profile in keys for v in views):
+        if learnt.prompt is None:
+            with learnt.stage("tokenise"):
+                prompt = await decider.tokens.tokens(self._asked.path, self._asked.body, self._model, self._views)
+            learnt.prompt = prompt
+            self.ask = replace(self.ask, prompt_tokens=prompt.n_tokens, keys=prompt.keys)
+        keys = learnt.keys if estimate else {p: k for p, k in learnt.keys.items() if p != ESTIMATE}
+        if not any(len(k) for k in keys.values()) and all(v.known_empty or v.profile in keys for v in self._views):
             return MatchAnswer()  # not one whole block, or engines that are known to hold nothing
         if not keys:
-            raise NoTokens("unknown-profile", "no engine's hash profile is known")
+            raise UnknownProfile("unknown-profile")
         with learnt.stage("match"):
-            learnt.answer = await self.index.match(model, keys)
+            learnt.answer = await decider.index.match(self._model, keys, estimate=estimate)
         return learnt.answer
 
-    def _without_lookup(self, candidates: Sequence[Candidate], estimate: int) -> Choice:
-        if self.policy is Policy.RANDOM:
-            return by_chance(candidates, estimate, self.chance)
-        if self.policy is Policy.ROUND_ROBIN:
-            return by_turn(candidates, estimate, next(self.turns))
-        return by_load(candidates, estimate, None)
 
-    def _candidates(
-        self, views: Sequence[EngineView], answer: MatchAnswer | None = None, profiles: Collection[str] = ()
-    ) -> list[Candidate]:
-        """`profiles`: those asked about; nothing is known of an engine with another one."""
-        now = self.clock()
-        matches = {m.engine: m for m in answer.matches} if answer else {}
-        unknown = frozenset(answer.unknown) if answer else frozenset()
-        return [
-            Candidate(
-                view=view,
-                match=matches.get(view.id),
-                known=answer is not None and (_is_empty(view) or (view.profile in profiles and view.id not in unknown)),
-                queued_tokens=self.ledger.queued_tokens(view.id),
-                in_flight=self.ledger.in_flight(view.id),
-                last_used=self.ledger.last_used(view.id),
-                suspect=self.ledger.is_suspect(view.id, now),
-            )
-            for view in views
-        ]
+class UnknownProfile(LookupError):
+    """No engine's hash profile is known, so the index cannot be asked."""
 
 
-def _is_empty(view: EngineView) -> bool:
-    """An engine of which every event is known, and that has stored nothing yet: so nothing shows its profile."""
-    return view.profile is None and view.sync is Sync.EXACT
+def _labelled(views: tuple[EngineView, ...], labels: Labels, model: str) -> tuple[EngineView, ...]:
+    """Raises `NoEngine` where no engine has all of the labels."""
+    if not labels:
+        return views
+    found = tuple(view for view in views if view.labelled(labels))
+    if not found:
+        wanted = ", ".join(f"{name}={value}" for name, value in labels)
+        raise NoEngine(f"no engine that serves {model!r} is labelled {wanted}")
+    return found
 
 
 def _place(error: BaseException) -> str:

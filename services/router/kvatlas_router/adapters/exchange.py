@@ -12,7 +12,7 @@ from kvatlas_router.adapters.asgi import Headers, Request
 from kvatlas_router.adapters.decide import Decision
 from kvatlas_router.adapters.forward import Forwarded
 from kvatlas_router.adapters.metrics import Metrics
-from kvatlas_router.core.choice import Term
+from kvatlas_router.core.choice import BY_COST, Term
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,8 @@ class Exchange:
             (b"x-kvatlas-reason", _header_safe(str(self.decision.choice.reason))),
             (b"x-request-id", self.request.id.encode()),
         ]
+        if self.decision.choice.reason.strategy in BY_COST:
+            fixed.append((b"x-kvatlas-cost", str(term.cost).encode()))
         if term.cached_tokens is not None:
             fixed.append((b"x-kvatlas-cached-tokens", str(term.cached_tokens).encode()))
         return fixed
@@ -84,6 +86,7 @@ class Exchange:
             "model": decision.model[:128],
             "engine": str(told.term.engine) if told.term else None,
             "reason": str(decision.choice.reason),
+            "cost": str(decision.choice.terms[0].cost),
             "status": told.status,
             "outcome": str(told.outcome),
             "attempts": told.attempts,

@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from kvatlas_common.engines.discovery import watch
 from kvatlas_common.engines.probe import EngineFacts, Prober, open_session
 from kvatlas_common.engines.specs import EngineDefaults, EngineSource, EngineSpec
-from kvatlas_common.fleet import EngineView, Fleet
+from kvatlas_common.fleet import EngineView, Fleet, Load
 from kvatlas_common.words import EngineId
 from kvatlas_router.adapters import background
 from kvatlas_router.core.knowledge import as_remembered, merged, needing_probes, told
@@ -39,6 +39,7 @@ STATE_BYTES_MAX = 64 * 1024 * 1024
 
 class Indexers(Protocol):
     def fleets(self) -> list[Fleet]: ...
+    def loads(self) -> Mapping[EngineId, Load]: ...
     async def changed(self) -> None: ...
 
 
@@ -67,6 +68,7 @@ class FleetKeeper:
         self._rng = rng
         self._specs: dict[EngineId, EngineSpec] = {}
         self._facts: dict[EngineId, EngineFacts] = {}
+        self._loads: dict[EngineId, Load] = {}  # of the engines probed here
         self._remembered = Fleet()
         self._grace_until = float("-inf")
         self._grace_end: asyncio.TimerHandle | None = None
@@ -79,7 +81,9 @@ class FleetKeeper:
     async def __aenter__(self) -> Self:
         self._remembered = await asyncio.to_thread(_load, self._state_file)
         session = await self._stack.enter_async_context(open_session())
-        prober = Prober(session, self._on_facts, clock=time.monotonic, wall=time.time, rng=self._rng)
+        prober = Prober(
+            session, self._on_facts, self._loads.__setitem__, clock=time.monotonic, wall=time.time, rng=self._rng
+        )
         self._prober = await self._stack.enter_async_context(prober)
         for job in (self._follow_list(), self._follow_indexers(), self._keep_saved(), self._keep_fresh()):
             self._stack.push_async_callback(background.stop, background.start(job, "fleet"))
@@ -97,8 +101,13 @@ class FleetKeeper:
         spec = self._specs.get(view.id)
         return spec.api_key if spec else self._defaults.api_key
 
+    def loads(self) -> Mapping[EngineId, Load]:
+        """The load of each engine of which any is known: from the indexers, else from this router's own probes."""
+        told = self._indexers.loads()
+        return {**self._loads, **told} if self._loads else told
+
     async def _keep_fresh(self) -> None:
-        """News come in bursts (a hundred engines, each with its load): one new picture for all that came meanwhile."""
+        """News come in bursts (a hundred engines at once): one new picture for all that came meanwhile."""
         while True:
             await self._news.wait()
             self._news.clear()
@@ -133,7 +142,7 @@ class FleetKeeper:
         if up:
             before = self._remembered.engines if in_grace else {}
             self._remember({**before, **indexed.engines})
-        listed = {i: EngineView(i, s.url) for i, s in self._specs.items()}
+        listed = {i: EngineView(i, s.url, labels=s.labels) for i, s in self._specs.items()}
         probed = {f.id: _probed(f) for f in self._facts.values()}
         fleet = merged(indexed, listed, probed, Fleet() if up and not in_grace else self._remembered)
         self._probe(fleet, indexed)
@@ -158,6 +167,8 @@ class FleetKeeper:
             wanted.setdefault(engine.address, self._specs.get(engine, bare))
         probed = {i for s in wanted.values() for i in s.ids}
         self._facts = {i: f for i, f in self._facts.items() if i in probed}
+        for engine in self._loads.keys() - probed:
+            del self._loads[engine]
         assert self._prober is not None
         self._prober.want(wanted.values())
 
@@ -177,9 +188,9 @@ def _probed(facts: EngineFacts) -> EngineView:
         adapters=facts.adapters,
         root=facts.root,
         health=facts.health,
-        load=facts.load,
         block_size=facts.cache.block_size if facts.cache else None,
         max_model_len=facts.max_model_len,
+        kv_tokens=facts.cache.gpu_tokens if facts.cache else None,
     )
 
 

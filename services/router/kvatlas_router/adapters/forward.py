@@ -24,8 +24,10 @@ from yarl import URL
 from kvatlas_common.fleet import EngineView
 from kvatlas_common.observations import Outcome
 from kvatlas_router.adapters.asgi import Headers, HttpError, Request, Send
+from kvatlas_router.core.ask import Ask
+from kvatlas_router.core.books import Ticket
 from kvatlas_router.core.choice import Choice, Term
-from kvatlas_router.core.ledger import Ledger, Ticket
+from kvatlas_router.core.chooser import Chooser
 from kvatlas_router.core.sse import UsageChunkFilter, cut_event, ended
 from kvatlas_router.core.usage import NO_USAGE, Tail, Usage, read_usage, response_id
 
@@ -82,6 +84,7 @@ class Job:
 
     request: Request
     body: bytes
+    ask: Ask
     choice: Choice
     response_headers: Callable[[Term], Headers]
     listener: Listener
@@ -101,9 +104,9 @@ class _Failed(Exception):
 class Forwarder:
     """One connection pool for all engines. Nothing in it touches a body, and it neither follows nor stores anything."""
 
-    def __init__(self, patience: Patience, ledger: Ledger, api_key: Callable[[EngineView], SecretStr | None]) -> None:
+    def __init__(self, patience: Patience, chooser: Chooser, api_key: Callable[[EngineView], SecretStr | None]) -> None:
         self._patience = patience
-        self._ledger = ledger
+        self._chooser = chooser
         self._api_key = api_key
         self._session: aiohttp.ClientSession | None = None
 
@@ -138,7 +141,7 @@ class Forwarder:
             told.attempts += 1
             sent_at = time.monotonic()
             try:
-                with self._ledger.enter(term.engine, term.to_compute, sent_at) as ticket:
+                with self._chooser.send(term, job.ask, sent_at) as ticket:
                     await self._attempt(job, term, ticket, send, told=told, give_up=give_up, last=not to_try)
                 return
             except _Failed as failure:
@@ -147,7 +150,7 @@ class Forwarder:
                     tried_twice = term
                     to_try.appendleft(term)
                 else:
-                    self._ledger.suspect(term.engine, time.monotonic() + self._patience.suspect_s)
+                    self._chooser.books.suspect(term.engine, time.monotonic() + self._patience.suspect_s)
                     log.warning(
                         "engine failed", extra={"engine": str(term.engine), "why": failure.why, "error": str(failure)}
                     )
@@ -181,9 +184,11 @@ class Forwarder:
         except aiohttp.ClientError as error:
             raise _Failed("garbage", f"no HTTP answer: {error!r}"[:200]) from None
         else:
-            ticket.started()
+            ticket.started(time.monotonic())
             job.listener.first_byte(term)
             await _PassOn(job, term, response, told, self._patience.idle_s, give_up).run(first, send)
+            if told.outcome is Outcome.OK:
+                ticket.ended(time.monotonic(), told.usage.cached_tokens, told.usage.completion_tokens)
         finally:
             if response is not None:
                 response.close()  # does nothing when the response was read to its end

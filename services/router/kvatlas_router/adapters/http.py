@@ -34,6 +34,7 @@ from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.body import Body, InvalidBody
 from kvatlas_router.core.choice import NoEngine
 from kvatlas_router.core.homes import ResponseHomes
+from kvatlas_router.core.plans import Labels
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,8 @@ class HttpRules:
     in_flight_max: int = 4096
     api_keys: tuple[str, ...] = ()
     session_header: str = "x-session-id"
+    session_cookie: str | None = None
+    labels_header: str = "x-kvatlas-labels"
     request_usage: bool = False
     allow_reannouncing: bool = False
 
@@ -196,10 +199,9 @@ class PublicApi:
         return body
 
     async def _decide(self, request: Request, lookup: Lookup, body: Body) -> Decision:
-        session = request.header.get(self._rules.session_header.encode())
         try:
             decision = await self._decider.decide(
-                Asked(request.path, lookup, body, session.decode("latin-1") if session else None)
+                Asked(request.path, lookup, body, self._session(request), self._labels(request))
             )
         except UnknownModel as error:
             served = ", ".join(error.served[:20])
@@ -213,9 +215,29 @@ class PublicApi:
             self._metrics.stages.labels(stage).observe(seconds)
         return decision
 
+    def _session(self, request: Request) -> str | None:
+        rules = self._rules
+        if named := request.header.get(rules.session_header.encode()):
+            return named.decode("latin-1")
+        if rules.session_cookie is None or not (cookies := request.header.get(b"cookie")):
+            return None
+        pairs = (pair.strip().partition("=") for pair in cookies.decode("latin-1").split(";"))
+        return next((value for name, _, value in pairs if name == rules.session_cookie), None)
+
+    def _labels(self, request: Request) -> Labels:
+        asked = request.header.get(self._rules.labels_header.encode())
+        if not asked:
+            return ()
+        pairs = [label.strip().partition("=") for label in asked.decode("latin-1").split(",")]
+        if not all(name and value for name, _, value in pairs):
+            raise HttpError(400, "invalid_request_error", f"{self._rules.labels_header}: write name=value,name=value")
+        return tuple((name, value) for name, _, value in pairs)
+
     def _job(self, request: Request, body: Body, exchange: Exchange) -> Job:
         decision = exchange.decision
-        job = Job(request, request.body, decision.choice, exchange.headers, exchange, pinned=decision.pinned)
+        job = Job(
+            request, request.body, decision.ask, decision.choice, exchange.headers, exchange, pinned=decision.pinned
+        )
         wanted = self._rules.request_usage and request.path in STREAMED_USAGE
         if wanted and body.streams and not body.asks_usage:
             return _asking_usage(job, body)

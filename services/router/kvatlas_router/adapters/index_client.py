@@ -1,10 +1,12 @@
-"""The indexers, as a router uses them: look up, watch the fleet, report.
+"""The indexers, as a router uses them: look up, watch the fleet and its load, report.
 
 Every address behind a target is one shard, and any shard answers any lookup. The `WatchFleet` stream doubles as the
 sign of life: a shard without one is not asked at all, so that a router with every indexer down decides without waiting.
 A shard that has a stream but answers no lookups is left alone by its circuit. A lookup goes to one shard, after a part
 of the deadline to a second one too; the first answer wins. That a lookup failed, and why, is an answer of its own
 (`LookupFailed`), never an empty match.
+
+A stream of reports begins with the requests in flight, so that a shard that comes up, or comes back, counts them.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from types import TracebackType
 from typing import Any
@@ -21,21 +24,24 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from kvatlas_common.fleet import Fleet
+from kvatlas_common.fleet import Fleet, Load
 from kvatlas_common.matching import MatchAnswer
-from kvatlas_common.observations import Observation
+from kvatlas_common.observations import Finished, FirstToken, Observation, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as rpc
-from kvatlas_common.wire import engine_view, match_answer, match_request, observation_message
+from kvatlas_common.wire import engine_load, engine_view, match_answer, match_request, observation_message
 from kvatlas_common.words import EngineId
 from kvatlas_router.adapters import background
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.circuit import Circuit
+from kvatlas_router.core.loads import MergedLoads
 
 log = logging.getLogger(__name__)
 
 HEDGE_AFTER = 0.5  # of the deadline
 OBSERVATIONS_QUEUED_MAX = 4096  # per shard; the newest is dropped and counted when full
+OPEN_MAX = 8192  # requests in flight that a new stream begins with; the oldest are left out
+ROUTER_METADATA = "kvatlas-router"
 SHARDS_MAX = 64
 RESOLVE_EVERY_S = 10.0
 _RECONNECT_S = (0.1, 5.0)
@@ -58,16 +64,59 @@ class LookupFailed(Exception):
         self.cause = cause
 
 
-class Shard:
-    """One indexer: its channel, its fleet as last told, and what is still to be reported to it."""
+class OpenRequests:
+    """What was reported of requests that have not ended."""
 
-    def __init__(self, address: str, router: str, changed: Callable[[], None], dropped: Callable[[], None]) -> None:
+    def __init__(self) -> None:
+        self._open: OrderedDict[str, list[pb.Observation]] = OrderedDict()
+
+    def keep(self, observation: Observation, message: pb.Observation) -> None:
+        match observation:
+            case Routed():
+                self._open[observation.request_id] = [message]
+                if len(self._open) > OPEN_MAX:
+                    self._open.popitem(last=False)
+            case FirstToken():
+                if (told := self._open.get(observation.request_id)) is not None:
+                    told.append(message)
+            case Finished():
+                self._open.pop(observation.request_id, None)
+
+    def again(self) -> list[pb.Observation]:
+        """As a stream begins with them."""
+        messages: list[pb.Observation] = []
+        for routed, *more in self._open.values():
+            message = pb.Observation()
+            message.CopyFrom(routed)
+            message.routed.again = True
+            messages += [message, *more]
+        return messages
+
+
+class Shard:
+    """One indexer: its channel, its fleet as last told, and what is still to be reported to it.
+
+    `loads` takes what it tells of them; `open_requests` are what its stream of reports begins with.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        router: str,
+        changed: Callable[[], None],
+        dropped: Callable[[], None],
+        *,
+        loads: MergedLoads | None = None,
+        open_requests: OpenRequests | None = None,
+    ) -> None:
         self.address = address
         self.circuit = Circuit()
         self.fleet: Fleet | None = None  # None: its stream is down
         self._router = router
         self._changed = changed
         self._dropped = dropped
+        self._loads = loads or MergedLoads()
+        self._open_requests = open_requests or OpenRequests()
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self._stub: Any = rpc.KvIndexStub(self._channel)  # type: ignore[no-untyped-call]
         self._outbox: asyncio.Queue[pb.Observation] = asyncio.Queue(OBSERVATIONS_QUEUED_MAX)
@@ -113,18 +162,24 @@ class Shard:
         try:
             async for update in self._stub.WatchFleet(pb.WatchFleetRequest(router=self._router)):
                 connected()
+                self._loads.told(self.address, map(engine_load, update.loads), snapshot=update.snapshot)
+                if not (update.snapshot or update.engines or update.removed):
+                    continue
                 base = Fleet() if update.snapshot or self.fleet is None else self.fleet
                 self.fleet = base.updated(map(engine_view, update.engines), map(EngineId.parse, update.removed))
                 self._changed()
         finally:
+            self._loads.lost(self.address)
             if self.fleet is not None:
                 self.fleet = None
                 self._changed()
 
     async def _report(self, connected: Callable[[], None]) -> None:
-        await self._stub.Observe(self._observations(connected))
+        await self._stub.Observe(self._observations(connected), metadata=((ROUTER_METADATA, self._router),))
 
     async def _observations(self, connected: Callable[[], None]) -> AsyncIterator[pb.Observation]:
+        for message in self._open_requests.again():
+            yield message
         while True:
             message = await self._outbox.get()
             yield message
@@ -166,6 +221,8 @@ class IndexClient:
         self._deadline_s = deadline_s
         self._metrics = metrics
         self._shards: dict[str, Shard] = {}
+        self._loads = MergedLoads()
+        self._open_requests = OpenRequests()
         self._turn = 0
         self._changed = asyncio.Event()
         self._resolving: asyncio.Task[None] | None = None
@@ -188,27 +245,35 @@ class IndexClient:
         """What each shard whose stream is up says of the fleet."""
         return [s.fleet for s in self._shards.values() if s.fleet is not None]
 
+    def loads(self) -> Mapping[EngineId, Load]:
+        """The latest load of each engine that any shard tells of: one mapping, which changes as they tell."""
+        return self._loads.latest
+
     async def changed(self) -> None:
         """Waits until `fleets` may have changed since the last call returned."""
         await self._changed.wait()
         self._changed.clear()
 
-    async def match(self, model: str, prompts: Mapping[str, np.ndarray[Any, Any]]) -> MatchAnswer:
-        """`prompts`: profile name -> uint64[n]. Raises `LookupFailed` within the deadline."""
+    async def match(
+        self, model: str, prompts: Mapping[str, np.ndarray[Any, Any]], *, estimate: bool = False
+    ) -> MatchAnswer:
+        """`prompts`: profile name -> uint64[n]; `estimate`: from where prompts were routed, not from the index.
+
+        Raises `LookupFailed` within the deadline.
+        """
         try:
-            answer = await self._match(model, prompts)
+            answer = await self._match(match_request(model, prompts, estimate=estimate))
         except LookupFailed as failure:
             self._metrics.lookups.labels(failure.cause).inc()
             raise
         self._metrics.lookups.labels("ok").inc()
         return answer
 
-    async def _match(self, model: str, prompts: Mapping[str, np.ndarray[Any, Any]]) -> MatchAnswer:
+    async def _match(self, request: pb.MatchRequest) -> MatchAnswer:
         now = time.monotonic()
         asked = [s for s in self._in_turn() if s.fleet is not None and s.circuit.allows(now)][:2]
         if not asked:
             raise LookupFailed("index-unavailable", "no indexer is up")
-        request = match_request(model, prompts)
         if len(asked) == 1:
             return await asked[0].match(request, self._deadline_s)
         return await self._hedged(asked[0], asked[1], request, now + self._deadline_s)
@@ -217,6 +282,7 @@ class IndexClient:
         """Tells every shard, later, or never if it is slow."""
         if self._shards:
             message = observation_message(observation)
+            self._open_requests.keep(observation, message)
             for shard in self._shards.values():
                 shard.report(message)
 
@@ -269,7 +335,14 @@ class IndexClient:
         gone = [self._shards.pop(a) for a in self._shards.keys() - set(addresses)]
         for address in addresses:
             if address not in self._shards:
-                self._shards[address] = Shard(address, self._router, self._told, self._metrics.observations_dropped.inc)
+                self._shards[address] = Shard(
+                    address,
+                    self._router,
+                    self._told,
+                    self._metrics.observations_dropped.inc,
+                    loads=self._loads,
+                    open_requests=self._open_requests,
+                )
         if gone:
             await asyncio.gather(*(s.close() for s in gone))
             self._told()

@@ -41,6 +41,9 @@ class Metrics:
         self.compared = counter("predictions_compared", "comparable requests whose engine reported cached tokens")
         self.tokenised = counter("tokenised", "prompts tokenised, and where", ("where",))
         self.parity = counter("parity_mismatches", "checks of local tokens against an engine that differed", ("model",))
+        self.encoder_differences = counter(
+            "encoder_differences", "fast encoders found to give other tokens, and stopped"
+        )
         self.lookups = counter("lookups", "index lookups by result", ("result",))
         self.shards_up = gauge("indexers_up", "indexer shards whose fleet stream is up")
         self.observations_dropped = counter("observations_dropped", "observations dropped because a shard is slow")

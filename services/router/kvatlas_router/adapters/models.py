@@ -1,20 +1,15 @@
 """Prompts to tokens and keys: here, with the model's own files, or by an engine where that is impossible or not right.
 
 Files are loaded off the request path when a model is first met. While they load, are missing, or give other tokens than
-the engines (`parity`), an engine tokenises. A pipeline is used by one thread at a time: its own, or the event loop's
-for short prompts while its own is idle.
+the engines (`parity`), an engine tokenises.
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self
 
 from pydantic import SecretStr
 
@@ -24,82 +19,22 @@ from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.engines.asking import open_session
 from kvatlas_common.fleet import EngineView, Fleet, Health
 from kvatlas_common.prompts import (
-    BadModelFiles,
-    ModelFilesMissing,
     PromptError,
     PromptPipeline,
     PromptRequest,
     TokenizedPrompt,
     TokenPrompt,
     Unrenderable,
-    find_model_files,
     understand,
 )
+from kvatlas_router.adapters.local_model import LocalModel
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.adapters.parity import Parity
 from kvatlas_router.adapters.remote_tokens import RemoteTokens, tokenize_body
 from kvatlas_router.core.body import Body
 from kvatlas_router.core.prompt import NoTokens, Prompt, Where, keys_by_profile
 
-log = logging.getLogger(__name__)
-
-INLINE_BYTES = 4096  # a body that takes less time to tokenise than to hand to a thread
 MODELS_MAX = 64
-RELOAD_AFTER_S = 60.0
-
-T = TypeVar("T")
-
-
-class LocalModel:
-    """A model's pipeline and the thread that runs it. `failure`: why there is no pipeline."""
-
-    def __init__(self, wanted: tuple[str, ...], environ: Mapping[str, str]) -> None:
-        self.wanted = wanted
-        self.pipeline: PromptPipeline | None = None
-        self.failure = "its files are being loaded"
-        self._environ = environ
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenise")
-        self._running: set[Future[Any]] = set()
-        self._loading: asyncio.Task[None] | None = None
-        self._load_after = 0.0
-
-    async def loaded(self) -> PromptPipeline | None:
-        """Waits for a load under way; starts one when none was tried, or the last failed a while ago."""
-        if self.pipeline is None and self._loading is None and time.monotonic() >= self._load_after:
-            self._loading = asyncio.create_task(self._load())
-        if self._loading is not None:
-            await asyncio.shield(self._loading)
-        return self.pipeline
-
-    async def run(self, job: Callable[[], T], size: int) -> T:
-        """`size`: bytes to be worked on, which decides where."""
-        if size <= INLINE_BYTES and not self._running:
-            return job()
-        running = self._thread.submit(job)
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)  # also when nobody waits for it any more
-        return await asyncio.wrap_future(running)
-
-    def close(self) -> None:
-        if self._loading is not None:
-            self._loading.cancel()
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    async def _load(self) -> None:
-        try:
-            self.pipeline = await asyncio.get_running_loop().run_in_executor(self._thread, self._read)
-            self.failure = ""
-            log.info("tokenizer loaded", extra={"wanted": self.wanted})
-        except (ModelFilesMissing, BadModelFiles, OSError) as error:
-            if self.failure != str(error):
-                self.failure = str(error)
-                log.warning("tokenizer not loaded, engines tokenise", extra={"wanted": self.wanted, "why": str(error)})
-            self._load_after = time.monotonic() + RELOAD_AFTER_S
-        finally:
-            self._loading = None
-
-    def _read(self) -> PromptPipeline:
-        return PromptPipeline.load(find_model_files(*self.wanted, environ=self._environ))
 
 
 class Tokenizers:
@@ -156,7 +91,7 @@ class Tokenizers:
         if wanted not in self._models:
             if len(self._models) >= MODELS_MAX:
                 self._models.pop(next(iter(self._models))).close()
-            self._models[wanted] = LocalModel(wanted, self._environ)
+            self._models[wanted] = LocalModel(wanted, self._environ, self._metrics)
         return self._models[wanted]
 
     async def tokens(self, path: str, body: Body, model: str, engines: Sequence[EngineView]) -> Prompt:

@@ -71,9 +71,9 @@ class Body:
             value = self.fields.get(name)
             if isinstance(value, str) and value:
                 return f"{name}:{value}".encode(errors="replace")
-        return b"body:" + self._opening()
+        return b"body:" + self.opening()
 
-    def _opening(self) -> bytes:
+    def opening(self) -> bytes:
         """How the conversation begins, which its later turns repeat; other fields may change from turn to turn."""
         messages = self.fields.get("messages")
         opening = messages[:1] if isinstance(messages, list) else self.fields.get("prompt", self.fields.get("input"))

@@ -1,44 +1,38 @@
-"""Which engine a request goes to, and why.
+"""Which engine a request goes to, and why: the values a choice is made from, and what it is.
 
-The rule for now: the cheapest engine wins, where the cost is the prompt tokens it would have to compute plus the prompt
-tokens this router has already queued there; a tie goes to the engine least recently used. Where the index cannot say
-what the engines hold, a session keeps to its engine (rendezvous hashing), and where there is no session, the engine
-with the least queued gets the request. A `Choice` carries its reason and the terms it was made from: the response
-headers, the log line, `/debug/route` and the tests read this one object.
+A `Choice` carries its reason and the terms of every engine that was considered: the response headers, the log line,
+`/debug/route` and the tests read this one object.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
+from typing import NamedTuple
 
 from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.matching import EngineMatch
-from kvatlas_common.words import EngineId
-
-OVERLOAD = 1.25
-OVERLOAD_SLACK = 4  # requests: too few to be a load
+from kvatlas_common.words import EngineId, Medium
+from kvatlas_router.core.cost import Cost, cost_of
+from kvatlas_router.core.rates import PRIOR, Speed
 
 
 class Strategy(StrEnum):
     """How a choice was made."""
 
     PRECISE = "precise"  # by what the index says each engine holds
+    ESTIMATE = "estimate"  # by where prompts that begin alike were sent
     AFFINITY = "affinity"  # by the session
-    LOAD = "load"  # by what this router has sent where
-    RANDOM = "random"
+    HASH = "consistent-hash"  # by how the prompt begins
+    LOAD = "load"  # by what is queued where
+    TWO = "power-of-two"  # the less loaded of two at random
     ROUND_ROBIN = "round-robin"
-
-
-class Policy(StrEnum):
-    """What the operator asked for."""
-
-    PRECISE = "precise"
     RANDOM = "random"
-    ROUND_ROBIN = "round-robin"
-    LEAST_LOAD = "least-load"
+
+
+BY_COST = frozenset({Strategy.PRECISE, Strategy.ESTIMATE})
+"""Choices whose reason is the cost of their terms."""
 
 
 class Standing(IntEnum):
@@ -46,7 +40,7 @@ class Standing(IntEnum):
 
     READY = 0
     UNKNOWN = 1
-    SUSPECT = 2  # it has just failed a request of ours
+    SUSPECT = 2  # it has failed requests of ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,17 +54,34 @@ class Reason:
         return self.strategy if self.cause is None else f"{self.strategy}:{self.cause}"
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One engine a request may go to. `known`: the index can speak of it; then no `match` means it holds nothing."""
+class Candidate(NamedTuple):
+    """One engine a request may go to, and what is there: of this router, of the others, and of nobody we know.
+
+    `known`: the index (or the history) can speak of it; then no `match` means it holds nothing. `block_size`: tokens in
+    a block of `match`. `expected_blocks`: what it would hold once all that was sent there is computed. `pending`
+    requests have no first token yet, `queued_tokens` are what their prompts have still to compute; `late_s`, how much
+    longer than expected the oldest takes. `caution`: 1, or more for an engine that is to be loaded slowly.
+
+    A tuple, as `Term` is, because a choice makes one of each per engine.
+    """
 
     view: EngineView
     match: EngineMatch | None = None
     known: bool = False
+    block_size: int = 0
+    expected_blocks: int = 0
     queued_tokens: int = 0
-    in_flight: int = 0
+    pending: int = 0
+    decoding: int = 0
+    late_s: float = 0.0
     last_used: float = float("-inf")
+    speed: Speed = PRIOR
+    caution: float = 1.0
     suspect: bool = False
+
+    @property
+    def in_flight(self) -> int:
+        return self.pending + self.decoding
 
     @property
     def standing(self) -> Standing:
@@ -79,24 +90,26 @@ class Candidate:
         return Standing.READY if self.view.health is Health.READY else Standing.UNKNOWN
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(NamedTuple):
     """What one engine weighed in a choice. `cached_tokens` is the prediction; None: nothing is known of its cache."""
 
     view: EngineView
     standing: Standing
     cached_tokens: int | None
+    to_compute: int  # prompt tokens it will neither hold nor be computing when their turn comes
     queued_tokens: int
-    in_flight: int
-    to_compute: int  # prompt tokens it would not find in its cache
-
-    @property
-    def cost(self) -> int:
-        return self.to_compute + self.queued_tokens
+    pending: int
+    decoding: int
+    cost: Cost
+    transferred: tuple[tuple[Medium, int], ...] = ()  # cached tokens on slower media
 
     @property
     def engine(self) -> EngineId:
         return self.view.id
+
+    @property
+    def in_flight(self) -> int:
+        return self.pending + self.decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +124,6 @@ class Choice:
         return self.terms[0].view
 
     @property
-    def cost(self) -> int:
-        return self.terms[0].cost
-
-    @property
     def fallbacks(self) -> tuple[EngineView, ...]:
         return tuple(t.view for t in self.terms[1:])
 
@@ -123,97 +132,54 @@ class NoEngine(LookupError):
     """No engine that may be tried serves the model."""
 
 
-def by_cost(candidates: Sequence[Candidate], prompt_tokens: int) -> Choice:
-    """By what each engine would have to compute, engines whose cache is not known counting as empty.
-
-    When the index knows none of them this is a choice by load, and says so.
-    """
-    if not any(c.known for c in candidates):
-        return by_load(candidates, prompt_tokens, "unknown-engines")
-    return _ordered(
-        candidates, prompt_tokens, Reason(Strategy.PRECISE), lambda c, cost: (cost, c.last_used, str(c.view.id))
-    )
+Rank = Callable[[Candidate, Term], object]
 
 
-def by_affinity(
-    candidates: Sequence[Candidate], prompt_tokens: int, session: bytes, *, cause: str, home: EngineId | None = None
+def ordered(
+    candidates: Sequence[Candidate], prompt_tokens: int, reason: Reason, rank: Rank, *, answer_tokens: float = 0.0
 ) -> Choice:
-    """The same session goes to the same engine, and when engines come or go only their own sessions move.
+    """The lowest rank first within each standing; of those that rank alike, the least recently used.
 
-    A session that everybody shares (a common system prompt) must not bury one engine: engines with more requests in
-    flight than `OVERLOAD` times the mean go last (consistent hashing with bounded loads, Mirrokni et al.). `home`: the
-    engine that keeps what the request refers to; it goes first whatever its load.
+    `prompt_tokens` known or estimated. Raises `NoEngine` when there is none.
     """
-    mean = (sum(c.in_flight for c in candidates) + 1) / max(len(candidates), 1)
-    limit = OVERLOAD * mean + OVERLOAD_SLACK
-    return _ordered(
-        candidates,
-        prompt_tokens,
-        Reason(Strategy.AFFINITY, cause),
-        lambda c, _: (c.view.id != home, c.in_flight > limit, -rendezvous(session, c.view.id)),
-    )
-
-
-def by_load(candidates: Sequence[Candidate], prompt_tokens: int, cause: str | None) -> Choice:
-    """Fewest prompt tokens queued by this router, then fewest requests in flight, then least recently used."""
-    return _ordered(
-        candidates,
-        prompt_tokens,
-        Reason(Strategy.LOAD, cause),
-        lambda c, _: (c.queued_tokens, c.in_flight, c.last_used, str(c.view.id)),
-    )
-
-
-def by_chance(candidates: Sequence[Candidate], prompt_tokens: int, chance: Callable[[], float]) -> Choice:
-    """`chance`: draws from [0, 1); one per candidate, so that the fallbacks are random too."""
-    return _ordered(candidates, prompt_tokens, Reason(Strategy.RANDOM), lambda c, _: chance())
-
-
-def by_turn(candidates: Sequence[Candidate], prompt_tokens: int, turn: int) -> Choice:
-    """`turn`: how many choices were made before."""
-    places = {e: n for n, e in enumerate(sorted(c.view.id for c in candidates))}
-    count = max(len(candidates), 1)
-    return _ordered(
-        candidates, prompt_tokens, Reason(Strategy.ROUND_ROBIN), lambda c, _: (places[c.view.id] - turn) % count
-    )
-
-
-def rendezvous(session: bytes, engine: EngineId) -> int:
-    """The weight of an engine for a session: highest wins (Thaler and Ravishankar's highest random weight)."""
-    digest = hashlib.blake2b(
-        session, digest_size=8, salt=hashlib.blake2b(str(engine).encode(), digest_size=16).digest()
-    )
-    return int.from_bytes(digest.digest(), "big")
-
-
-def _ordered(
-    candidates: Sequence[Candidate], prompt_tokens: int, reason: Reason, rank: Callable[[Candidate, int], object]
-) -> Choice:
-    """`prompt_tokens` known or estimated. Raises `NoEngine` when there is no candidate."""
-    usable = [c for c in candidates if c.view.health is not Health.DOWN]
-    if not usable:
+    ranked = []
+    for number, candidate in enumerate(candidates):
+        if candidate.view.health is not Health.DOWN:
+            term = term_of(candidate, prompt_tokens, answer_tokens)
+            ranked.append((term.standing, rank(candidate, term), candidate.last_used, number, term))
+    if not ranked:
         raise NoEngine("no engine is up")
-    terms = [(c, _term(c, prompt_tokens)) for c in usable]
-    ranked = [(t.standing, rank(c, t.cost), t) for c, t in terms]
-    ranked.sort(key=lambda r: r[:2])
-    return Choice(tuple(t for _, _, t in ranked), reason)
+    ranked.sort()
+    return Choice(tuple(row[-1] for row in ranked), reason)
 
 
-def _term(candidate: Candidate, prompt_tokens: int) -> Term:
-    cached = _cached_tokens(candidate, prompt_tokens)
-    return Term(
-        view=candidate.view,
-        standing=candidate.standing,
-        cached_tokens=cached,
+def term_of(candidate: Candidate, prompt_tokens: int, answer_tokens: float) -> Term:
+    match, size = candidate.match, candidate.block_size
+    blocks = match.blocks if match else 0
+    held = min(max(candidate.expected_blocks, blocks) * size, prompt_tokens)
+    transferred = () if match is None or len(match.media) == (Medium.GPU in match.media) else _slower(match, size)
+    cost = cost_of(
+        candidate.speed,
+        to_compute=prompt_tokens - held,
         queued_tokens=candidate.queued_tokens,
-        in_flight=candidate.in_flight,
-        to_compute=max(prompt_tokens - (cached or 0), 0),
+        pending=candidate.pending,
+        decoding=candidate.decoding,
+        late_s=candidate.late_s,
+        transferred=transferred,
+        answer_tokens=answer_tokens,
+    )
+    return Term(
+        candidate.view,
+        candidate.standing,
+        min(blocks * size, prompt_tokens) if candidate.known else None,
+        prompt_tokens - held,
+        candidate.queued_tokens,
+        candidate.pending,
+        candidate.decoding,
+        cost,
+        transferred,
     )
 
 
-def _cached_tokens(candidate: Candidate, prompt_tokens: int) -> int | None:
-    if not candidate.known:
-        return None
-    if candidate.match is None or candidate.view.block_size is None:
-        return 0
-    return min(candidate.match.blocks * candidate.view.block_size, prompt_tokens)
+def _slower(match: EngineMatch, block_size: int) -> tuple[tuple[Medium, int], ...]:
+    return tuple((medium, blocks * block_size) for medium, blocks in match.media.items() if medium is not Medium.GPU)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from kvatlas_common.fleet import EngineView, Fleet, Health, Load, Sync
+from kvatlas_common.fleet import EngineView, Fleet, Health, Sync
 from kvatlas_common.words import EngineId
 
 _SYNC_ORDER = {Sync.EXACT: 0, Sync.INEXACT: 1, Sync.SYNCING: 2, Sync.UNKNOWN: 3}
@@ -34,12 +34,12 @@ def merged(indexed: Fleet, listed: Views, probed: Views, remembered: Fleet) -> F
     """`indexed`: as `told`; `listed`: the router's list, bare; `probed`: what its own probes found."""
     before = {e: as_remembered(v) for e, v in remembered.engines.items()}
     known = {**listed, **before, **indexed.engines}
-    return Fleet.of(_completed(view, probed.get(engine)) for engine, view in known.items())
+    return Fleet.of(_completed(view, probed.get(engine), listed.get(engine)) for engine, view in known.items())
 
 
 def as_remembered(view: EngineView) -> EngineView:
     """What of a view still holds when nobody vouches for it any more."""
-    return replace(view, health=Health.UNKNOWN, load=Load(), sync=Sync.UNKNOWN, inexact_reason="")
+    return replace(view, health=Health.UNKNOWN, sync=Sync.UNKNOWN, inexact_reason="")
 
 
 def needing_probes(fleet: Fleet, indexed: Fleet) -> tuple[EngineId, ...]:
@@ -52,7 +52,9 @@ def _standing(view: EngineView) -> tuple[int, int]:
     return _SYNC_ORDER[view.sync], _HEALTH_ORDER[view.health]
 
 
-def _completed(view: EngineView, probed: EngineView | None) -> EngineView:
+def _completed(view: EngineView, probed: EngineView | None, listed: EngineView | None) -> EngineView:
+    if listed is not None and not view.labels and listed.labels:
+        view = replace(view, labels=listed.labels)
     if probed is None:
         return view
     return replace(
@@ -61,7 +63,7 @@ def _completed(view: EngineView, probed: EngineView | None) -> EngineView:
         adapters=view.adapters or probed.adapters,
         root=view.root or probed.root,
         health=probed.health if view.health is Health.UNKNOWN else view.health,
-        load=probed.load if view.load == Load() else view.load,
         block_size=view.block_size or probed.block_size,
         max_model_len=view.max_model_len or probed.max_model_len,
+        kv_tokens=view.kv_tokens or probed.kv_tokens,
     )

@@ -14,7 +14,9 @@ import numpy.typing as npt
 from kvatlas_common.blocks.extras import Lora, PromptExtras, UnknownExtra
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.fleet import EngineView
+from kvatlas_common.history import ESTIMATE_PROFILE
 
+ESTIMATE = ESTIMATE_PROFILE.name
 Keys = npt.NDArray[np.uint64]
 
 
@@ -62,15 +64,19 @@ class KeysOf(Protocol):
 def keys_by_profile(
     keys_of: KeysOf, model: str, cache_salt: str | None, engines: Sequence[EngineView]
 ) -> dict[str, Keys]:
-    """The prompt's keys under each hash profile of the engines; a profile that cannot be computed is left out."""
+    """The prompt's keys under each hash profile of the engines; a profile that cannot be computed is left out.
+
+    Where an engine's profile is not known, keys of our own serve to guess from where prompts were sent.
+    """
     keys: dict[str, Keys] = {}
     for view in engines:
-        if view.profile is None or view.profile in keys:
+        profile = view.profile or ESTIMATE
+        if profile in keys or view.known_empty:
             continue
         adapter = view.adapter(model)
         lora = Lora(adapter.name, adapter.number, adapter.path) if adapter else None
         try:
-            keys[view.profile] = keys_of(_profile(view.profile), PromptExtras(lora, cache_salt))
+            keys[profile] = keys_of(_profile(profile), PromptExtras(lora, cache_salt))
         except (UnknownExtra, ValueError):
             continue
     return keys

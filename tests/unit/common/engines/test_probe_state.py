@@ -12,7 +12,7 @@ from kvatlas_common.engines.specs import parse_engine
 from kvatlas_common.fleet import Health, Load
 from kvatlas_common.words import EngineId
 
-STEADY = ProbePlan(jitter=0.0)
+STEADY = ProbePlan(interval_s=1.0, idle_interval_s=3.0, jitter=0.0)
 RNG = random.Random(1)
 
 
@@ -32,8 +32,13 @@ def facts(probe: ProbeState) -> EngineFacts:
     return only
 
 
+def load(probe: ProbeState) -> Load:
+    (only,) = probe.loads().values()
+    return only
+
+
 def good_round(probe: ProbeState, running: int = 0, at: float = 1000.0, start_s: int = 100) -> None:
-    probe.healthy()
+    probe.healthy(0.0)
     probe.measured(page(running, start_s), at)
 
 
@@ -85,29 +90,62 @@ def test_the_pause_grows_while_idle_and_while_down() -> None:
 
 def test_a_hung_engine_is_down_within_the_lease_by_the_default_plan() -> None:
     plan = ProbePlan()
-    worst = plan.idle_interval_s * (1 + plan.jitter)
+    worst = plan.idle_interval_s * (1 + plan.jitter) + plan.timeout_s + plan.retry_s * (1 + plan.jitter)
     for failure in range(plan.failures_to_down):
         worst += plan.timeout_s + (plan.retry_s * (1 + plan.jitter) if failure else 0)
     assert worst < 15
 
 
 def test_jitter_keeps_within_its_share() -> None:
-    probe = ProbeState(parse_engine("a:1"), ProbePlan(jitter=0.2))
+    probe = ProbeState(parse_engine("a:1"), ProbePlan(interval_s=1.0, jitter=0.2))
     good_round(probe, running=1)
     pauses = [probe.pause_s(RNG) for _ in range(200)]
     assert 0.8 <= min(pauses) < 0.85
     assert 1.15 < max(pauses) <= 1.2
 
 
-def test_scraped_at_is_the_time_of_the_last_change() -> None:
+def test_scraped_at_is_when_a_busy_engine_said_so_and_when_an_idle_one_began_to() -> None:
     probe = state()
+    assert probe.loads() == {}
     good_round(probe, running=1, at=10.0)
-    before = facts(probe)
-    assert before.load == Load(1, 0, 0.5, 10.0)
+    known = facts(probe)
     good_round(probe, running=1, at=11.0)
-    assert facts(probe) == before
-    good_round(probe, running=2, at=12.0)
-    assert facts(probe).load == Load(2, 0, 0.5, 12.0)
+    assert load(probe) == Load(1, 0, 0.5, 11.0)
+    good_round(probe, running=0, at=12.0)
+    good_round(probe, running=0, at=13.0)
+    assert load(probe) == Load(0, 0, 0.5, 12.0)
+    assert facts(probe) == known
+
+
+def test_adapters_are_those_of_the_latest_sample() -> None:
+    probe = state()
+    samples = b"".join(
+        b'vllm:lora_requests_info{max_lora="4",running_lora_adapters="%s",waiting_lora_adapters="%s"} %d\n' % sample
+        for sample in ((b"a", b"", 100), (b"b,c", b"a, d", 300), (b"", b"", 200))
+    )
+    probe.measured(page(running=2) + samples, 10.0)
+    assert load(probe).loras == {"a", "b", "c", "d"}
+    probe.measured(page(running=2), 11.0)
+    assert load(probe).loras == {"a", "b", "c", "d"}
+    probe.measured(page() + samples + b'vllm:lora_requests_info{running_lora_adapters=""} 301\n', 12.0)
+    assert load(probe).loras == frozenset()
+
+
+def test_health_is_asked_seldom_while_metrics_come_and_at_once_when_they_do_not() -> None:
+    probe = state()
+    assert probe.wants_health(0.0)
+    good_round(probe)
+    assert not probe.wants_health(4.9)
+    assert probe.wants_health(5.0)
+    probe.unmeasured("/metrics answered 404")
+    assert not probe.wants_health(4.9)
+    probe.unmeasured("/metrics did not answer within 2 s", alive=False)
+    assert probe.wants_health(0.0)
+    assert probe.pause_s(RNG) == STEADY.retry_s
+    good_round(probe)
+    probe.failed("/health answered 503")
+    probe.measured(page(), 10.0)
+    assert probe.wants_health(0.0)  # metrics are no sign of health where it is denied
 
 
 def test_models_are_asked_at_first_then_when_due_then_when_it_comes_back_or_restarts() -> None:
@@ -130,10 +168,10 @@ def test_models_are_asked_at_first_then_when_due_then_when_it_comes_back_or_rest
 def test_a_metrics_page_without_the_figures_keeps_the_last_and_says_so() -> None:
     probe = state()
     good_round(probe, running=3, at=10.0)
-    probe.healthy()
+    probe.healthy(0.0)
     probe.measured(b"<html>", 11.0)
     assert facts(probe).health is Health.READY
-    assert facts(probe).load == Load(3, 0, 0.5, 10.0)
+    assert load(probe) == Load(3, 0, 0.5, 10.0)
     assert facts(probe).process_start_s == 100
     assert "how many requests run" in facts(probe).error
     good_round(probe, running=3)
@@ -142,22 +180,20 @@ def test_a_metrics_page_without_the_figures_keeps_the_last_and_says_so() -> None
 
 def test_ranks_share_their_health_and_have_loads_of_their_own() -> None:
     probe = state("a:1,ranks=2")
-    probe.healthy()
+    probe.healthy(0.0)
     probe.measured(page(running=1, rank=0) + page(running=5, rank=1), 10.0)
-    assert [(str(f.id), f.health, f.load.running) for f in probe.facts()] == [
-        ("a:1", Health.READY, 1),
-        ("a:1/dp1", Health.READY, 5),
-    ]
+    assert [(str(f.id), f.health) for f in probe.facts()] == [("a:1", Health.READY), ("a:1/dp1", Health.READY)]
+    assert [load.running for load in probe.loads().values()] == [1, 5]
     probe.measured(page(running=2, rank=0), 11.0)
-    assert [f.load.running for f in probe.facts()] == [2, 5]
+    assert [load.running for load in probe.loads().values()] == [2, 5]
     assert "nothing of rank 1" in probe.facts()[0].error
 
 
 def test_an_address_with_one_rank_may_be_any_rank_of_its_group() -> None:
     probe = state()
-    probe.healthy()
+    probe.healthy(0.0)
     probe.measured(page(running=4, rank=3), 10.0)
-    assert facts(probe).load.running == 4
+    assert load(probe).running == 4
 
 
 @pytest.mark.parametrize("length", [10, 10_000])

@@ -13,7 +13,7 @@ from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import Algorithm, ExtraKeys, HashProfile
 from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
-from kvatlas_common.fleet import EngineView, Health, Load, Sync
+from kvatlas_common.fleet import EngineView, Health, Sync
 from kvatlas_common.matching import EngineMatch, Holder
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core import index as index_module
@@ -212,7 +212,7 @@ def test_until_a_root_is_seen_the_configured_profile_is_assumed_with_the_engines
     assert (view.profile, view.profile_verified, view.block_size) == (LATER.name, False, SIZE)
 
 
-def test_a_change_of_load_alone_plans_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_what_does_not_matter_to_matching_plans_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     world = two_engines()
     world.store(E1, LATER)
     world.matched()
@@ -224,10 +224,10 @@ def test_a_change_of_load_alone_plans_nothing_anew(monkeypatch: pytest.MonkeyPat
         return plan(engines)
 
     monkeypatch.setattr(ModelPlan, "of", noting_plan)
-    world.facts(E1, load=Load(running=5))
+    world.facts(E1, root="/models/m")
     assert world.index.fleet_is_stale
     assert world.matched() == {str(E1): 5}
-    assert world.index.fleet().engines[E1].load.running == 5
+    assert world.index.fleet().engines[E1].root == "/models/m"
     assert planned == []
     world.facts(E1, Health.DOWN)
     assert world.matched() == {}

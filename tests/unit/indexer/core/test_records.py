@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvatlas_common.fleet import Adapter, EngineView, Health, Load, Sync
+from kvatlas_common.fleet import Adapter, EngineView, Health, Sync
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core.match import Kind
 from kvatlas_indexer.core.records import (
@@ -41,7 +41,6 @@ records = st.builds(
     adapters=st.lists(st.builds(Adapter, st.text(max_size=5), st.none() | st.text(max_size=5)), max_size=2),
     root=st.none() | st.text(max_size=10),
     health=st.sampled_from(Health),
-    load=st.builds(Load, st.integers(0, 9), st.integers(0, 9), st.floats(0, 1), times),
     profile=st.none() | st.text(max_size=10),
     sync=st.sampled_from(Sync),
     places=st.lists(places, max_size=3),
@@ -58,13 +57,13 @@ PLAIN = EngineRecord(
     adapters=[],
     root=None,
     health=Health.READY,
-    load=Load(running=2),
     profile="p",
     profile_verified=True,
     block_size=16,
     sync=Sync.INEXACT,
     inexact_reason="messages 3..4 lost",
     max_model_len=8192,
+    kv_tokens=65_536,
     heard=True,
     drop_last_blocks=0,
     places=[PlaceRecord(0, "gpu", 7, [3, 5], [1.0, 2.0]), PlaceRecord(1, "cpu", 9)],
@@ -86,13 +85,13 @@ def test_what_a_lookup_needs_of_it() -> None:
         "http://10.0.0.1:8000",
         models=frozenset({"m"}),
         health=Health.READY,
-        load=Load(running=2),
         profile="p",
         profile_verified=True,
         block_size=16,
         sync=Sync.INEXACT,
         inexact_reason="messages 3..4 lost",
         max_model_len=8192,
+        kv_tokens=65_536,
     )
     assert record.slot_numbers() == {3, 5, 7, 9}
     assert [rule.kind for rule in record.group_rules().values()] == [Kind.FULL, Kind.WINDOW, Kind.UNKNOWN]

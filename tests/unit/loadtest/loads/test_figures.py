@@ -112,8 +112,14 @@ def test_times_by_how_many_came_a_second() -> None:
     assert (low.ttft.p90, high.ttft.p90) == pytest.approx((0.1, 0.9))
 
 
-def test_a_load_in_stages_has_its_rates_in_them() -> None:
-    first = [replace(outcome(n / 2, n / 2 + 0.1, 9.0), arrival=n) for n in range(5)]
-    second = [replace(outcome(9 + n / 4, 9 + n / 4 + 0.3, 20.0), arrival=5 + n) for n in range(5)]
-    points = figures(run(*second, *first), stages=[0] * 5 + [1] * 5).rates
-    assert [(p.step, p.per_s, p.ttft.count if p.ttft else 0) for p in points] == [(0, 2.0, 5), (1, 4.0, 5)]
+def test_a_load_in_stages_is_measured_without_its_warm_up() -> None:
+    warm_up = [replace(outcome(n, n + 5.0, 9.0), arrival=n) for n in range(5)]
+    first = [replace(outcome(9 + n / 2, 9.1 + n / 2, 13.0), arrival=5 + n, stage=1) for n in range(5)]
+    second = [replace(outcome(20 + n / 4, 20.3 + n / 4, 28.0), arrival=10 + n, stage=2) for n in range(5)]
+    found = figures(run(*second, *warm_up, *first, oracle=1200))
+    assert found.ttft is not None
+    assert (found.requests, found.ttft.count, found.ttft.longest) == pytest.approx((10, 10, 0.3))
+    assert found.output_tokens_per_s == pytest.approx((55 / 4 + 55 / 8) / 2)
+    assert (found.cached_share, found.of_oracle) == (0.6, 15 * 60 / 1200)
+    counts = [(p.step, p.per_s, p.ttft.count if p.ttft else 0) for p in found.rates]
+    assert counts == [(1, 2.0, 5), (2, 4.0, 5)]

@@ -24,43 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+kvatlas_common/proto/kvatlas/v1/index.proto\x12\nkvatlas.v1\"+\n\nPromptKeys\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"W\n\x0cMatchRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x07prompts\x18\x02 \x03(\x0b\x32\x16.kvatlas.v1.PromptKeys\x12\x0f\n\x07\x65ngines\x18\x03 \x03(\t\".\n\x0cMediumBlocks\x12\x0e\n\x06medium\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"w\n\x0b\x45ngineMatch\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\'\n\x05media\x18\x03 \x03(\x0b\x32\x18.kvatlas.v1.MediumBlocks\x12\r\n\x05\x65xact\x18\x04 \x01(\x08\x12\x10\n\x08\x64oubtful\x18\x05 \x01(\r\"J\n\rMatchResponse\x12(\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x17.kvatlas.v1.EngineMatch\x12\x0f\n\x07unknown\x18\x02 \x03(\t\"#\n\x11WatchFleetRequest\x12\x0e\n\x06router\x18\x01 \x01(\t\"S\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04path\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06number\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_pathB\t\n\x07_number\"N\n\x04Load\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x10\n\x08kv_usage\x18\x03 \x01(\x01\x12\x12\n\nscraped_at\x18\x04 \x01(\x01\"\xdc\x02\n\x06\x45ngine\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x0e\n\x06models\x18\x03 \x03(\t\x12%\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x13.kvatlas.v1.Adapter\x12\x11\n\x04root\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06health\x18\x06 \x01(\t\x12\x1e\n\x04load\x18\x07 \x01(\x0b\x32\x10.kvatlas.v1.Load\x12\x14\n\x07profile\x18\x08 \x01(\tH\x01\x88\x01\x01\x12\x18\n\x10profile_verified\x18\t \x01(\x08\x12\x17\n\nblock_size\x18\n \x01(\rH\x02\x88\x01\x01\x12\x0c\n\x04sync\x18\x0b \x01(\t\x12\x16\n\x0einexact_reason\x18\x0c \x01(\t\x12\x1a\n\rmax_model_len\x18\r \x01(\rH\x03\x88\x01\x01\x42\x07\n\x05_rootB\n\n\x08_profileB\r\n\x0b_block_sizeB\x10\n\x0e_max_model_len\"U\n\x0b\x46leetUpdate\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12#\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x12.kvatlas.v1.Engine\x12\x0f\n\x07removed\x18\x03 \x03(\t\"i\n\x06Routed\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1f\n\x17predicted_cached_tokens\x18\x02 \x01(\r\x12\'\n\x07prompts\x18\x03 \x03(\x0b\x32\x16.kvatlas.v1.PromptKeys\"\x1c\n\nFirstToken\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\"x\n\x08\x46inished\x12\x1a\n\rcached_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x12\n\ncomparable\x18\x03 \x01(\x08\x12\x0f\n\x07outcome\x18\x04 \x01(\tB\x10\n\x0e_cached_tokens\"\xc7\x01\n\x0bObservation\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12$\n\x06routed\x18\x04 \x01(\x0b\x32\x12.kvatlas.v1.RoutedH\x00\x12-\n\x0b\x66irst_token\x18\x05 \x01(\x0b\x32\x16.kvatlas.v1.FirstTokenH\x00\x12(\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x14.kvatlas.v1.FinishedH\x00\x42\x06\n\x04what\"\"\n\x0eObserveSummary\x12\x10\n\x08received\x18\x01 \x01(\x04\x32\xd1\x01\n\x07KvIndex\x12<\n\x05Match\x12\x18.kvatlas.v1.MatchRequest\x1a\x19.kvatlas.v1.MatchResponse\x12\x46\n\nWatchFleet\x12\x1d.kvatlas.v1.WatchFleetRequest\x1a\x17.kvatlas.v1.FleetUpdate0\x01\x12@\n\x07Observe\x12\x17.kvatlas.v1.Observation\x1a\x1a.kvatlas.v1.ObserveSummary(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n+kvatlas_common/proto/kvatlas/v1/index.proto\x12\nkvatlas.v1\"+\n\nPromptKeys\x12\x0f\n\x07profile\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x01(\x0c\"i\n\x0cMatchRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\'\n\x07prompts\x18\x02 \x03(\x0b\x32\x16.kvatlas.v1.PromptKeys\x12\x0f\n\x07\x65ngines\x18\x03 \x03(\t\x12\x10\n\x08\x65stimate\x18\x04 \x01(\x08\".\n\x0cMediumBlocks\x12\x0e\n\x06medium\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\"\x89\x01\n\x0b\x45ngineMatch\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0e\n\x06\x62locks\x18\x02 \x01(\r\x12\'\n\x05media\x18\x03 \x03(\x0b\x32\x18.kvatlas.v1.MediumBlocks\x12\r\n\x05\x65xact\x18\x04 \x01(\x08\x12\x10\n\x08\x64oubtful\x18\x05 \x01(\r\x12\x10\n\x08\x65xpected\x18\x06 \x01(\r\"J\n\rMatchResponse\x12(\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x17.kvatlas.v1.EngineMatch\x12\x0f\n\x07unknown\x18\x02 \x03(\t\"#\n\x11WatchFleetRequest\x12\x0e\n\x06router\x18\x01 \x01(\t\"S\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\x04path\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06number\x18\x03 \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_pathB\t\n\x07_number\"H\n\x08InFlight\x12\x12\n\nprefilling\x18\x01 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x02 \x01(\x04\x12\x10\n\x08\x64\x65\x63oding\x18\x03 \x01(\r\"\x99\x01\n\nEngineLoad\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x0f\n\x07waiting\x18\x03 \x01(\r\x12\x10\n\x08kv_usage\x18\x04 \x01(\x02\x12\x12\n\nscraped_at\x18\x05 \x01(\x01\x12\r\n\x05loras\x18\x06 \x03(\t\x12$\n\x06others\x18\x07 \x01(\x0b\x32\x14.kvatlas.v1.InFlight\"\xc7\x03\n\x06\x45ngine\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x0e\n\x06models\x18\x03 \x03(\t\x12%\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x13.kvatlas.v1.Adapter\x12\x11\n\x04root\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x0e\n\x06health\x18\x06 \x01(\t\x12\x14\n\x07profile\x18\x08 \x01(\tH\x01\x88\x01\x01\x12\x18\n\x10profile_verified\x18\t \x01(\x08\x12\x17\n\nblock_size\x18\n \x01(\rH\x02\x88\x01\x01\x12\x0c\n\x04sync\x18\x0b \x01(\t\x12\x16\n\x0einexact_reason\x18\x0c \x01(\t\x12\x1a\n\rmax_model_len\x18\r \x01(\rH\x03\x88\x01\x01\x12\x16\n\tkv_tokens\x18\x0e \x01(\x04H\x04\x88\x01\x01\x12.\n\x06labels\x18\x0f \x03(\x0b\x32\x1e.kvatlas.v1.Engine.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x07\n\x05_rootB\n\n\x08_profileB\r\n\x0b_block_sizeB\x10\n\x0e_max_model_lenB\x0c\n\n_kv_tokensJ\x04\x08\x07\x10\x08\"|\n\x0b\x46leetUpdate\x12\x10\n\x08snapshot\x18\x01 \x01(\x08\x12#\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x12.kvatlas.v1.Engine\x12\x0f\n\x07removed\x18\x03 \x03(\t\x12%\n\x05loads\x18\x04 \x03(\x0b\x32\x16.kvatlas.v1.EngineLoad\"x\n\x06Routed\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x1f\n\x17predicted_cached_tokens\x18\x02 \x01(\r\x12\'\n\x07prompts\x18\x03 \x03(\x0b\x32\x16.kvatlas.v1.PromptKeys\x12\r\n\x05\x61gain\x18\x04 \x01(\x08\"\x1c\n\nFirstToken\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\"x\n\x08\x46inished\x12\x1a\n\rcached_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x12\n\ncomparable\x18\x03 \x01(\x08\x12\x0f\n\x07outcome\x18\x04 \x01(\tB\x10\n\x0e_cached_tokens\"\xc7\x01\n\x0bObservation\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12$\n\x06routed\x18\x04 \x01(\x0b\x32\x12.kvatlas.v1.RoutedH\x00\x12-\n\x0b\x66irst_token\x18\x05 \x01(\x0b\x32\x16.kvatlas.v1.FirstTokenH\x00\x12(\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x14.kvatlas.v1.FinishedH\x00\x42\x06\n\x04what\"\"\n\x0eObserveSummary\x12\x10\n\x08received\x18\x01 \x01(\x04\x32\xd1\x01\n\x07KvIndex\x12<\n\x05Match\x12\x18.kvatlas.v1.MatchRequest\x1a\x19.kvatlas.v1.MatchResponse\x12\x46\n\nWatchFleet\x12\x1d.kvatlas.v1.WatchFleetRequest\x1a\x17.kvatlas.v1.FleetUpdate0\x01\x12@\n\x07Observe\x12\x17.kvatlas.v1.Observation\x1a\x1a.kvatlas.v1.ObserveSummary(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvatlas_common.proto.kvatlas.v1.index_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ENGINE_LABELSENTRY']._loaded_options = None
+  _globals['_ENGINE_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_PROMPTKEYS']._serialized_start=59
   _globals['_PROMPTKEYS']._serialized_end=102
   _globals['_MATCHREQUEST']._serialized_start=104
-  _globals['_MATCHREQUEST']._serialized_end=191
-  _globals['_MEDIUMBLOCKS']._serialized_start=193
-  _globals['_MEDIUMBLOCKS']._serialized_end=239
-  _globals['_ENGINEMATCH']._serialized_start=241
-  _globals['_ENGINEMATCH']._serialized_end=360
-  _globals['_MATCHRESPONSE']._serialized_start=362
-  _globals['_MATCHRESPONSE']._serialized_end=436
-  _globals['_WATCHFLEETREQUEST']._serialized_start=438
-  _globals['_WATCHFLEETREQUEST']._serialized_end=473
-  _globals['_ADAPTER']._serialized_start=475
-  _globals['_ADAPTER']._serialized_end=558
-  _globals['_LOAD']._serialized_start=560
-  _globals['_LOAD']._serialized_end=638
-  _globals['_ENGINE']._serialized_start=641
-  _globals['_ENGINE']._serialized_end=989
-  _globals['_FLEETUPDATE']._serialized_start=991
-  _globals['_FLEETUPDATE']._serialized_end=1076
-  _globals['_ROUTED']._serialized_start=1078
-  _globals['_ROUTED']._serialized_end=1183
-  _globals['_FIRSTTOKEN']._serialized_start=1185
-  _globals['_FIRSTTOKEN']._serialized_end=1213
-  _globals['_FINISHED']._serialized_start=1215
-  _globals['_FINISHED']._serialized_end=1335
-  _globals['_OBSERVATION']._serialized_start=1338
-  _globals['_OBSERVATION']._serialized_end=1537
-  _globals['_OBSERVESUMMARY']._serialized_start=1539
-  _globals['_OBSERVESUMMARY']._serialized_end=1573
-  _globals['_KVINDEX']._serialized_start=1576
-  _globals['_KVINDEX']._serialized_end=1785
+  _globals['_MATCHREQUEST']._serialized_end=209
+  _globals['_MEDIUMBLOCKS']._serialized_start=211
+  _globals['_MEDIUMBLOCKS']._serialized_end=257
+  _globals['_ENGINEMATCH']._serialized_start=260
+  _globals['_ENGINEMATCH']._serialized_end=397
+  _globals['_MATCHRESPONSE']._serialized_start=399
+  _globals['_MATCHRESPONSE']._serialized_end=473
+  _globals['_WATCHFLEETREQUEST']._serialized_start=475
+  _globals['_WATCHFLEETREQUEST']._serialized_end=510
+  _globals['_ADAPTER']._serialized_start=512
+  _globals['_ADAPTER']._serialized_end=595
+  _globals['_INFLIGHT']._serialized_start=597
+  _globals['_INFLIGHT']._serialized_end=669
+  _globals['_ENGINELOAD']._serialized_start=672
+  _globals['_ENGINELOAD']._serialized_end=825
+  _globals['_ENGINE']._serialized_start=828
+  _globals['_ENGINE']._serialized_end=1283
+  _globals['_ENGINE_LABELSENTRY']._serialized_start=1164
+  _globals['_ENGINE_LABELSENTRY']._serialized_end=1209
+  _globals['_FLEETUPDATE']._serialized_start=1285
+  _globals['_FLEETUPDATE']._serialized_end=1409
+  _globals['_ROUTED']._serialized_start=1411
+  _globals['_ROUTED']._serialized_end=1531
+  _globals['_FIRSTTOKEN']._serialized_start=1533
+  _globals['_FIRSTTOKEN']._serialized_end=1561
+  _globals['_FINISHED']._serialized_start=1563
+  _globals['_FINISHED']._serialized_end=1683
+  _globals['_OBSERVATION']._serialized_start=1686
+  _globals['_OBSERVATION']._serialized_end=1885
+  _globals['_OBSERVESUMMARY']._serialized_start=1887
+  _globals['_OBSERVESUMMARY']._serialized_end=1921
+  _globals['_KVINDEX']._serialized_start=1924
+  _globals['_KVINDEX']._serialized_end=2133
 # @@protoc_insertion_point(module_scope)

@@ -15,14 +15,16 @@ class PromptKeys(_message.Message):
     def __init__(self, profile: _Optional[str] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("model", "prompts", "engines")
+    __slots__ = ("model", "prompts", "engines", "estimate")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
+    ESTIMATE_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompts: _containers.RepeatedCompositeFieldContainer[PromptKeys]
     engines: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[PromptKeys, _Mapping]]] = ..., engines: _Optional[_Iterable[str]] = ...) -> None: ...
+    estimate: bool
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[PromptKeys, _Mapping]]] = ..., engines: _Optional[_Iterable[str]] = ..., estimate: _Optional[bool] = ...) -> None: ...
 
 class MediumBlocks(_message.Message):
     __slots__ = ("medium", "blocks")
@@ -33,18 +35,20 @@ class MediumBlocks(_message.Message):
     def __init__(self, medium: _Optional[str] = ..., blocks: _Optional[int] = ...) -> None: ...
 
 class EngineMatch(_message.Message):
-    __slots__ = ("engine", "blocks", "media", "exact", "doubtful")
+    __slots__ = ("engine", "blocks", "media", "exact", "doubtful", "expected")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     BLOCKS_FIELD_NUMBER: _ClassVar[int]
     MEDIA_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
     DOUBTFUL_FIELD_NUMBER: _ClassVar[int]
+    EXPECTED_FIELD_NUMBER: _ClassVar[int]
     engine: str
     blocks: int
     media: _containers.RepeatedCompositeFieldContainer[MediumBlocks]
     exact: bool
     doubtful: int
-    def __init__(self, engine: _Optional[str] = ..., blocks: _Optional[int] = ..., media: _Optional[_Iterable[_Union[MediumBlocks, _Mapping]]] = ..., exact: _Optional[bool] = ..., doubtful: _Optional[int] = ...) -> None: ...
+    expected: int
+    def __init__(self, engine: _Optional[str] = ..., blocks: _Optional[int] = ..., media: _Optional[_Iterable[_Union[MediumBlocks, _Mapping]]] = ..., exact: _Optional[bool] = ..., doubtful: _Optional[int] = ..., expected: _Optional[int] = ...) -> None: ...
 
 class MatchResponse(_message.Message):
     __slots__ = ("engines", "unknown")
@@ -70,67 +74,96 @@ class Adapter(_message.Message):
     number: int
     def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., number: _Optional[int] = ...) -> None: ...
 
-class Load(_message.Message):
-    __slots__ = ("running", "waiting", "kv_usage", "scraped_at")
+class InFlight(_message.Message):
+    __slots__ = ("prefilling", "prefill_tokens", "decoding")
+    PREFILLING_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    DECODING_FIELD_NUMBER: _ClassVar[int]
+    prefilling: int
+    prefill_tokens: int
+    decoding: int
+    def __init__(self, prefilling: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decoding: _Optional[int] = ...) -> None: ...
+
+class EngineLoad(_message.Message):
+    __slots__ = ("engine", "running", "waiting", "kv_usage", "scraped_at", "loras", "others")
+    ENGINE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
     KV_USAGE_FIELD_NUMBER: _ClassVar[int]
     SCRAPED_AT_FIELD_NUMBER: _ClassVar[int]
+    LORAS_FIELD_NUMBER: _ClassVar[int]
+    OTHERS_FIELD_NUMBER: _ClassVar[int]
+    engine: str
     running: int
     waiting: int
     kv_usage: float
     scraped_at: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., scraped_at: _Optional[float] = ...) -> None: ...
+    loras: _containers.RepeatedScalarFieldContainer[str]
+    others: InFlight
+    def __init__(self, engine: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., scraped_at: _Optional[float] = ..., loras: _Optional[_Iterable[str]] = ..., others: _Optional[_Union[InFlight, _Mapping]] = ...) -> None: ...
 
 class Engine(_message.Message):
-    __slots__ = ("id", "url", "models", "adapters", "root", "health", "load", "profile", "profile_verified", "block_size", "sync", "inexact_reason", "max_model_len")
+    __slots__ = ("id", "url", "models", "adapters", "root", "health", "profile", "profile_verified", "block_size", "sync", "inexact_reason", "max_model_len", "kv_tokens", "labels")
+    class LabelsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     ID_FIELD_NUMBER: _ClassVar[int]
     URL_FIELD_NUMBER: _ClassVar[int]
     MODELS_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     HEALTH_FIELD_NUMBER: _ClassVar[int]
-    LOAD_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     PROFILE_VERIFIED_FIELD_NUMBER: _ClassVar[int]
     BLOCK_SIZE_FIELD_NUMBER: _ClassVar[int]
     SYNC_FIELD_NUMBER: _ClassVar[int]
     INEXACT_REASON_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     id: str
     url: str
     models: _containers.RepeatedScalarFieldContainer[str]
     adapters: _containers.RepeatedCompositeFieldContainer[Adapter]
     root: str
     health: str
-    load: Load
     profile: str
     profile_verified: bool
     block_size: int
     sync: str
     inexact_reason: str
     max_model_len: int
-    def __init__(self, id: _Optional[str] = ..., url: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., root: _Optional[str] = ..., health: _Optional[str] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., profile: _Optional[str] = ..., profile_verified: _Optional[bool] = ..., block_size: _Optional[int] = ..., sync: _Optional[str] = ..., inexact_reason: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+    kv_tokens: int
+    labels: _containers.ScalarMap[str, str]
+    def __init__(self, id: _Optional[str] = ..., url: _Optional[str] = ..., models: _Optional[_Iterable[str]] = ..., adapters: _Optional[_Iterable[_Union[Adapter, _Mapping]]] = ..., root: _Optional[str] = ..., health: _Optional[str] = ..., profile: _Optional[str] = ..., profile_verified: _Optional[bool] = ..., block_size: _Optional[int] = ..., sync: _Optional[str] = ..., inexact_reason: _Optional[str] = ..., max_model_len: _Optional[int] = ..., kv_tokens: _Optional[int] = ..., labels: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class FleetUpdate(_message.Message):
-    __slots__ = ("snapshot", "engines", "removed")
+    __slots__ = ("snapshot", "engines", "removed", "loads")
     SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     REMOVED_FIELD_NUMBER: _ClassVar[int]
+    LOADS_FIELD_NUMBER: _ClassVar[int]
     snapshot: bool
     engines: _containers.RepeatedCompositeFieldContainer[Engine]
     removed: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, snapshot: _Optional[bool] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., removed: _Optional[_Iterable[str]] = ...) -> None: ...
+    loads: _containers.RepeatedCompositeFieldContainer[EngineLoad]
+    def __init__(self, snapshot: _Optional[bool] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., removed: _Optional[_Iterable[str]] = ..., loads: _Optional[_Iterable[_Union[EngineLoad, _Mapping]]] = ...) -> None: ...
 
 class Routed(_message.Message):
-    __slots__ = ("prompt_tokens", "predicted_cached_tokens", "prompts")
+    __slots__ = ("prompt_tokens", "predicted_cached_tokens", "prompts", "again")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     predicted_cached_tokens: int
     prompts: _containers.RepeatedCompositeFieldContainer[PromptKeys]
-    def __init__(self, prompt_tokens: _Optional[int] = ..., predicted_cached_tokens: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[PromptKeys, _Mapping]]] = ...) -> None: ...
+    again: bool
+    def __init__(self, prompt_tokens: _Optional[int] = ..., predicted_cached_tokens: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[PromptKeys, _Mapping]]] = ..., again: _Optional[bool] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("ttft_s",)

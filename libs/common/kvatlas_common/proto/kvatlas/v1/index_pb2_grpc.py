@@ -62,14 +62,15 @@ class KvIndexServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchFleet(self, request, context):
-        """The fleet: one snapshot, then what changes.
+        """The fleet and its load: one snapshot, then what changes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Observe(self, request_iterator, context):
-        """What became of requests: where they were sent, and how many tokens really came from the cache.
+        """What became of requests: where they were sent, and how many tokens really came from the cache. Metadata
+        `kvatlas-router` names the router, as in `WatchFleetRequest.router`; a stream begins with the requests in flight.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

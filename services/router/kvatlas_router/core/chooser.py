@@ -1,0 +1,173 @@
+"""All that choosing rests on, in one object without I/O: the real router and the simulator drive the same one.
+
+`choose` weighs the engines as they stand; `send` enters the request at the engine it goes to; what its `Ticket` is told
+until it is closed feeds the books (what is in flight where), the rates (how fast each engine is) and the history of the
+last moments (what each engine will hold once it has computed what it was sent, so that requests that share a prefix
+nobody holds yet land together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from kvatlas_common.fleet import EngineView, Load
+from kvatlas_common.history import ESTIMATE_PROFILE, RoutingHistory
+from kvatlas_common.matching import EngineMatch, MatchAnswer
+from kvatlas_common.words import EngineId
+from kvatlas_router.core.ask import Ask
+from kvatlas_router.core.books import Books, Ticket
+from kvatlas_router.core.choice import Candidate, Choice, Term
+from kvatlas_router.core.foreign import ForeignTraffic
+from kvatlas_router.core.policies import Needs, Policy, Situation
+from kvatlas_router.core.prompt import ESTIMATE
+from kvatlas_router.core.rates import Rates, Served
+
+BURST_S = 10.0
+"""How long a prompt counts as held after it was sent, or its first token came, if no event says so."""
+BURST_BLOCKS_MAX = 16_384  # per engine
+NO_LOAD = Load()
+
+
+class Chooser:
+    """`chance` draws from [0, 1). Times are seconds of one monotonic clock, given by the caller."""
+
+    def __init__(self, chance: Callable[[], float], rates: Rates | None = None) -> None:
+        self.books = Books()
+        self.rates = rates or Rates()
+        self._chance = chance
+        self._foreign = ForeignTraffic()
+        self._lately = RoutingHistory(lifetime_s=BURST_S, blocks_max=BURST_BLOCKS_MAX)
+        self._prompt_tokens = 1000.0  # mean length of prompts
+
+    def choose(
+        self,
+        policy: Policy,
+        ask: Ask,
+        views: Sequence[EngineView],
+        *,
+        loads: Mapping[EngineId, Load],
+        answer: MatchAnswer | None,
+        now: float,
+        cause: str | None = None,
+        suspects: Collection[EngineId] = (),
+        caution: Mapping[EngineId, float] | None = None,
+    ) -> Choice | None:
+        """None: the policy has no answer. `answer`: None where the policy needs none. Raises `NoEngine`."""
+        lately = self._expected(ask, now) if answer is not None else {}
+        matches = {m.engine: m for m in answer.matches} if answer else {}
+        unknown = frozenset(answer.unknown) if answer else frozenset()
+        guessed = policy.needs is Needs.HISTORY  # nothing was sent there: that is not to hold nothing
+        candidates = [
+            self._candidate(
+                view,
+                loads.get(view.id, NO_LOAD),
+                matches.get(view.id),
+                now,
+                known=answer is not None and (view.id in matches if guessed else _is_known(view, ask, unknown)),
+                block_size=_block_size(view, ask),
+                lately=lately.get(view.id, 0),
+                suspect=view.id in suspects,
+                caution=caution.get(view.id, 1.0) if caution else 1.0,
+            )
+            for view in views
+        ]
+        return policy.choose(Situation(ask, candidates, cause, self._chance, self.rates.answer_tokens))
+
+    def send(self, term: Term, ask: Ask, now: float) -> Ticket:
+        """The request goes to the engine of this term."""
+        engine = term.engine
+        self._prompt_tokens += (ask.prompt_tokens - self._prompt_tokens) * 0.02
+        keys = ask.keys.get(_profile(term.view, ask))
+        if keys is not None:
+            self._lately.note(engine, keys.tolist(), now)
+        transferred = term.transferred
+
+        def learn(ticket: Ticket) -> None:
+            if ticket.first_token_s is None or ticket.ended_at is None:
+                return
+            computed = term.to_compute
+            if ticket.cached_tokens is not None:
+                computed = max(ask.prompt_tokens - ticket.cached_tokens, 0)
+            self.rates.learn(
+                Served(
+                    engine,
+                    first_token_s=ticket.first_token_s,
+                    ahead=term.queued_tokens,
+                    computed=computed,
+                    decoding=term.decoding,
+                    completion_tokens=ticket.completion_tokens,
+                    decode_total_s=ticket.ended_at - ticket.sent_at - ticket.first_token_s,
+                    decoding_at_end=self.books.of(engine, ticket.ended_at).decoding,
+                    transferred=transferred,
+                )
+            )
+
+        return self.books.enter(
+            engine,
+            term.to_compute,
+            now,
+            expected_s=term.cost.ttft_ms / 1000,
+            streams=ask.streams,
+            on_end=learn,
+        )
+
+    def keep_only(self, engines: Collection[EngineId]) -> None:
+        """These are the engines of the fleet now."""
+        self.books.keep_only(engines)
+        self.rates.keep_only(engines)
+        self._foreign.keep_only(engines)
+
+    def _candidate(
+        self,
+        view: EngineView,
+        load: Load,
+        match: EngineMatch | None,
+        now: float,
+        *,
+        known: bool,
+        block_size: int,
+        lately: int,
+        suspect: bool,
+        caution: float,
+    ) -> Candidate:
+        speed = self.rates.of(view.id)
+        ours, others = self.books.of(view.id, now, speed.token_s), load.others
+        pending, decoding = ours.pending + others.prefilling, ours.decoding + others.decoding
+        foreign = self._foreign.at(view.id, load, pending + decoding)
+        return Candidate(
+            view,
+            match,
+            known,
+            block_size,
+            max(match.expected if match else 0, lately),
+            ours.queued_tokens + others.prefill_tokens + int(foreign.waiting * self._prompt_tokens),
+            pending + foreign.waiting,
+            decoding + foreign.running,
+            ours.late_s,
+            ours.last_used,
+            speed,
+            caution,
+            suspect,
+        )
+
+    def _expected(self, ask: Ask, now: float) -> Mapping[EngineId, int]:
+        found: dict[EngineId, int] = {}
+        for keys in ask.keys.values():
+            found.update(self._lately.leading(keys.tolist(), now))
+        return found
+
+
+def _is_known(view: EngineView, ask: Ask, unknown: Collection[EngineId]) -> bool:
+    """Whether the answer speaks of the engine: it was asked about with the engine's own profile, and is not unknown."""
+    return view.known_empty or (view.profile in ask.keys and view.id not in unknown)
+
+
+def _profile(view: EngineView, ask: Ask) -> str:
+    """Under which name the ask has keys for the engine: its own, or the one for guesses."""
+    return view.profile if view.profile in ask.keys and view.profile is not None else ESTIMATE
+
+
+def _block_size(view: EngineView, ask: Ask) -> int:
+    if view.profile in ask.keys and view.block_size is not None:
+        return view.block_size
+    return ESTIMATE_PROFILE.block_size

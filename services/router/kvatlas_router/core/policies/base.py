@@ -1,0 +1,43 @@
+"""What a policy is given and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+from kvatlas_router.core.ask import Ask
+from kvatlas_router.core.choice import Candidate, Choice
+
+
+class Needs(StrEnum):
+    """What has to be known of the engines' caches."""
+
+    INDEX = "index"  # what they hold
+    HISTORY = "history"  # what was sent to them
+    NOTHING = "nothing"
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """One request, and the engines as they stand. `cause`: why a better policy had no answer. `chance` draws from
+    [0, 1); `answer_tokens`: how long answers are, on average.
+    """
+
+    ask: Ask
+    candidates: Sequence[Candidate]
+    cause: str | None
+    chance: Callable[[], float]
+    answer_tokens: float
+
+
+class Policy(Protocol):
+    """One way to choose. One object serves all requests; what it remembers is its own."""
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def choose(self, situation: Situation) -> Choice | None:
+        """None: it has no answer here, and the next policy is asked. Raises `NoEngine`."""
+        ...

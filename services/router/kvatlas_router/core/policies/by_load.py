@@ -1,0 +1,24 @@
+"""The engine with the least to do. It always has an answer: every chain of policies ends with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvatlas_router.core.choice import Candidate, Choice, Reason, Strategy, Term, ordered
+from kvatlas_router.core.policies.base import Needs, Situation
+
+
+@dataclass(frozen=True, slots=True)
+class LeastLoad:
+    """Fewest requests in flight, then fewest prompt tokens queued; engines to be loaded slowly look busier."""
+
+    needs: Needs = Needs.NOTHING
+
+    def choose(self, situation: Situation) -> Choice | None:
+        return ordered(
+            situation.candidates, situation.ask.prompt_tokens, Reason(Strategy.LOAD, situation.cause), load_of
+        )
+
+
+def load_of(candidate: Candidate, _: Term) -> tuple[float, int]:
+    return (candidate.in_flight + 1) * candidate.caution, candidate.queued_tokens
