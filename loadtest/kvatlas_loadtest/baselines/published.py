@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from kvatlas_common.words import EngineId
-from kvatlas_loadtest.baselines.rules import Asked, Chance, Seen, Stateless, by
+from kvatlas_loadtest.baselines.rules import Asked, Chance, Seen, by
 
 
 @dataclass(slots=True)
-class LlmD(Stateless):
+class LlmD:
     """llm-d / Gateway API inference extension: a weighted sum of three scores in 0..1, highest wins.
 
     Prefix: matched share of the prompt's blocks. Queue: 1 for the shortest waiting queue, 0 for the longest, linear
@@ -26,9 +27,9 @@ class LlmD(Stateless):
     prefix: float = 3.0
     queue: float = 2.0
     kv: float = 2.0
-    needs_index = True
+    needs_index: ClassVar[bool] = True
 
-    def rank(self, asked: Asked, seen: Sequence[Seen], now: float, chance: Chance) -> list[EngineId]:
+    def rank(self, asked: Asked, seen: Sequence[Seen], chance: Chance) -> list[EngineId]:
         longest, shortest = max(s.waiting for s in seen), min(s.waiting for s in seen)
         blocks = max(1, asked.prompt_tokens // asked.block_size)
 
@@ -41,7 +42,7 @@ class LlmD(Stateless):
 
 
 @dataclass(slots=True)
-class Dynamo(Stateless):
+class Dynamo:
     """NVIDIA Dynamo's KV router: `weight` x prefill blocks + decode blocks, lowest wins; both as if it went there.
 
     Prefill blocks: of all prompts not yet computed there, this one's uncached part included. Decode blocks: of all
@@ -52,9 +53,9 @@ class Dynamo(Stateless):
 
     weight: float = 1.0
     temperature: float = 0.0
-    needs_index = True
+    needs_index: ClassVar[bool] = True
 
-    def rank(self, asked: Asked, seen: Sequence[Seen], now: float, chance: Chance) -> list[EngineId]:
+    def rank(self, asked: Asked, seen: Sequence[Seen], chance: Chance) -> list[EngineId]:
         size = asked.block_size
 
         def cost(s: Seen) -> float:
@@ -75,17 +76,17 @@ class Dynamo(Stateless):
 
 
 @dataclass(slots=True)
-class VllmRouter(Stateless):
+class VllmRouter:
     """vllm-router's `kv_aware`: (uncached + active prefill tokens) x (active requests + 1), lowest wins."""
 
-    needs_index = True
+    needs_index: ClassVar[bool] = True
 
-    def rank(self, asked: Asked, seen: Sequence[Seen], now: float, chance: Chance) -> list[EngineId]:
+    def rank(self, asked: Asked, seen: Sequence[Seen], chance: Chance) -> list[EngineId]:
         return by(lambda s: (s.uncached(asked) + s.prefill_tokens) * (s.requests + 1), seen, chance)
 
 
 @dataclass(slots=True)
-class Smg(Stateless):
+class Smg:
     """smg's `cache_aware`: the most overlap, as long as loads are balanced; else, or below a ratio, the least loaded.
 
     Out of balance: the most requests in flight exceed the fewest by more than `absolute` and by more than `relative`
@@ -96,9 +97,9 @@ class Smg(Stateless):
     threshold: float = 0.3
     absolute: int = 64
     relative: float = 1.5
-    needs_index = True
+    needs_index: ClassVar[bool] = True
 
-    def rank(self, asked: Asked, seen: Sequence[Seen], now: float, chance: Chance) -> list[EngineId]:
+    def rank(self, asked: Asked, seen: Sequence[Seen], chance: Chance) -> list[EngineId]:
         most, fewest = max(s.requests for s in seen), min(s.requests for s in seen)
         unbalanced = most - fewest > self.absolute and most > self.relative * fewest
         overlap = max(s.cached_tokens for s in seen) / asked.prompt_tokens

@@ -2,14 +2,14 @@
 
 A rule ranks engines, best first. What it sees of an engine is what a router can know: the index's match, the load as
 last scraped, and what routers have sent there and not yet seen answered (their own at once, that of other routers a
-little later). A rule keeps its own state, if it needs any, and draws chance from what it is given.
+little later). It draws chance from what it is given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from kvatlas_common.words import EngineId
 
@@ -19,11 +19,15 @@ Chance = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request as routers see it. `keys`: of the prompt's blocks, as far as a cache may serve them."""
+    """A request as routers see it. `keys`: of the prompt's blocks, as far as a cache may serve them.
+
+    `prefix`: how the conversation begins, the same for all that begin alike.
+    """
 
     prompt_tokens: int
     keys: Sequence[int]
     session: str | None
+    prefix: str
     block_size: int
 
 
@@ -51,24 +55,11 @@ class Seen:
 class Rule(Protocol):
     """`needs_index`: whether `cached_tokens` is of any interest to it."""
 
-    needs_index: bool
+    needs_index: ClassVar[bool]
 
-    def rank(self, asked: Asked, seen: Sequence[Seen], now: float, chance: Chance) -> list[EngineId]:
+    def rank(self, asked: Asked, seen: Sequence[Seen], chance: Chance) -> list[EngineId]:
         """All engines of `seen`, best first."""
         ...
-
-    def sent(self, asked: Asked, engine: EngineId, now: float) -> None:
-        """Where the request has gone in the end."""
-        ...
-
-
-class Stateless:
-    """A rule that learns nothing from what it has done."""
-
-    needs_index = False
-
-    def sent(self, asked: Asked, engine: EngineId, now: float) -> None:
-        pass
 
 
 def by(score: Callable[[Seen], float], seen: Sequence[Seen], chance: Chance) -> list[EngineId]:

@@ -1,8 +1,8 @@
 """One router in virtual time: the seam between the simulator and whatever decides.
 
 The simulator says what a router knows at a moment and what becomes of its requests; a `Decider` says where a request
-goes. There are two kinds: the router's own core, and the baselines' rules. Everything that depends on the shape of the
-router's core is in this module.
+goes. There are two kinds: the router's own core with one of its policies, and the baselines' rules. All that depends on
+the shape of the router's core is in this module.
 """
 
 from __future__ import annotations
@@ -11,56 +11,66 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Protocol
 
-from kvatlas_common.fleet import EngineView
+import numpy as np
+
+from kvatlas_common.fleet import EngineView, Load
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.words import EngineId
-from kvatlas_loadtest.baselines.blind import BoundedHash, LeastLoad, PowerOfTwo, Random, RoundRobin, Session
 from kvatlas_loadtest.baselines.published import Dynamo, LlmD, Smg, VllmRouter
 from kvatlas_loadtest.baselines.rules import Asked, Chance, Rule, Seen
-from kvatlas_loadtest.loads.virtual_engine import EngineLoad
-from kvatlas_router.core.choice import Candidate, by_cost
-from kvatlas_router.core.ledger import Ledger, Ticket
+from kvatlas_router.core.ask import Ask
+from kvatlas_router.core.books import Ticket
+from kvatlas_router.core.choice import Choice, NoEngine
+from kvatlas_router.core.chooser import Chooser
+from kvatlas_router.core.plans import Plan
+from kvatlas_router.core.policies import Needs, PolicyName
 
 SUSPECT_S = 5.0
 
 
 @dataclass(slots=True)
-class InFlight:
+class Flying:
     """Requests at one engine that have not been answered, as one router's books have them, or several routers'."""
 
     requests: int = 0
-    prefilling: int = 0  # of them without a first token
-    prefill_tokens: int = 0  # what those have to compute
+    prefill_tokens: int = 0  # what those without a first token have to compute
     blocks: int = 0  # what their prompts take
 
-    def add(self, other: InFlight, sign: int = 1) -> None:
-        self.requests += sign * other.requests
-        self.prefilling += sign * other.prefilling
-        self.prefill_tokens += sign * other.prefill_tokens
-        self.blocks += sign * other.blocks
+    def add(self, other: Flying) -> None:
+        self.requests += other.requests
+        self.prefill_tokens += other.prefill_tokens
+        self.blocks += other.blocks
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What a router knows when a request comes. `loads` as last scraped; `others`: other routers' requests."""
+    """What a router knows when a request comes.
 
+    `loads`: as last scraped, and what other routers have told; `flying`: the books of all routers, as this one has
+    them. `held` and `estimated` ask the index, when they are asked.
+    """
+
+    model: str
+    profile: str
     views: Sequence[EngineView]
-    loads: Mapping[EngineId, EngineLoad]
-    own: Mapping[EngineId, InFlight]
-    others: Mapping[EngineId, InFlight]
-    answer: MatchAnswer | None
-
-    def cached_tokens(self, asked: Asked) -> dict[EngineId, int]:
-        matches = self.answer.matches if self.answer else ()
-        return {match.engine: match.blocks * asked.block_size for match in matches}
+    loads: Mapping[EngineId, Load]
+    flying: Mapping[EngineId, Flying]
+    held: Callable[[], MatchAnswer]
+    estimated: Callable[[], MatchAnswer]
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Engines in the order they are to be tried, and why."""
+    """Engines in the order they are to be tried, and why; `choice` and `ask`: as the router's core has them."""
 
     engines: Sequence[EngineId]
     reason: str
+    cached_tokens: Mapping[EngineId, int]  # the prediction
+    choice: Choice | None = None
+    ask: Ask | None = None
+
+    def predicted(self, engine: EngineId) -> int:
+        return self.cached_tokens.get(engine, 0)
 
 
 class Sent(Protocol):
@@ -68,22 +78,74 @@ class Sent(Protocol):
 
     def started(self, now: float) -> None: ...
 
-    def close(self, now: float, cached_tokens: int) -> None: ...
+    def ended(self, now: float, cached_tokens: int, output_tokens: int) -> None:
+        """Its answer came whole."""
+        ...
+
+    def close(self) -> None: ...
 
 
 class Decider(Protocol):
     """The state of one router, as far as deciding goes."""
 
     @property
-    def needs_index(self) -> bool: ...
+    def needs_events(self) -> bool:
+        """Whether it matters what the engines say of their caches."""
+        ...
 
-    def choose(self, asked: Asked, known: Known, now: float) -> Decision: ...
+    def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
+        """None: there is no engine."""
+        ...
 
-    def sent(self, asked: Asked, engine: EngineId, uncached: int, now: float) -> Sent: ...
+    def sent(self, decision: Decision, engine: EngineId, now: float) -> Sent: ...
 
     def failed(self, engine: EngineId, now: float) -> None:
         """It has refused or cut a request."""
         ...
+
+
+class ByCore:
+    """The router's own core: a chain of policies, as `--policy` gives one."""
+
+    def __init__(self, name: PolicyName, chance: Chance) -> None:
+        self._chooser = Chooser(chance)
+        self._policies = Plan.of(name).policies
+
+    @property
+    def needs_events(self) -> bool:
+        return self._policies[0].needs is Needs.INDEX
+
+    def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
+        keys = {known.profile: np.array(asked.keys, dtype=np.uint64)}
+        session = (asked.session or "").encode()
+        ask = Ask(known.model, asked.prompt_tokens, keys, session=session, prefix=asked.prefix.encode())
+        for policy in self._policies:
+            answer = {Needs.INDEX: known.held, Needs.HISTORY: known.estimated}.get(policy.needs, lambda: None)()
+            try:
+                choice = self._chooser.choose(
+                    policy,
+                    ask,
+                    known.views,
+                    loads=known.loads,
+                    answer=answer,
+                    now=now,
+                    suspects=self._chooser.books.suspects(now),
+                )
+            except NoEngine:
+                return None
+            if choice is not None:
+                cached = {term.engine: term.cached_tokens or 0 for term in choice.terms}
+                return Decision([term.engine for term in choice.terms], str(choice.reason), cached, choice, ask)
+        return None
+
+    def sent(self, decision: Decision, engine: EngineId, now: float) -> Ticket:
+        assert decision.choice is not None
+        assert decision.ask is not None
+        term = next(term for term in decision.choice.terms if term.engine == engine)
+        return self._chooser.send(term, decision.ask, now)
+
+    def failed(self, engine: EngineId, now: float) -> None:
+        self._chooser.books.suspect(engine, now + SUSPECT_S)
 
 
 class ByRule:
@@ -95,18 +157,20 @@ class ByRule:
         self._suspect_until: dict[EngineId, float] = {}
 
     @property
-    def needs_index(self) -> bool:
+    def needs_events(self) -> bool:
         return self._rule.needs_index
 
-    def choose(self, asked: Asked, known: Known, now: float) -> Decision:
-        cached = known.cached_tokens(asked)
+    def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
+        if not known.views:
+            return None
+        matches = known.held().matches if self._rule.needs_index else ()
+        cached = {match.engine: match.blocks * asked.block_size for match in matches}
         seen = [_seen(view.id, known, cached.get(view.id, 0)) for view in known.views]
-        ranked = self._rule.rank(asked, seen, now, self._chance)
+        ranked = self._rule.rank(asked, seen, self._chance)
         ranked.sort(key=lambda engine: now < self._suspect_until.get(engine, 0.0))
-        return Decision(ranked, type(self._rule).__name__)
+        return Decision(ranked, type(self._rule).__name__, cached)
 
-    def sent(self, asked: Asked, engine: EngineId, uncached: int, now: float) -> Sent:
-        self._rule.sent(asked, engine, now)
+    def sent(self, decision: Decision, engine: EngineId, now: float) -> Sent:
         return _NOTHING_KEPT
 
     def failed(self, engine: EngineId, now: float) -> None:
@@ -117,85 +181,38 @@ class _NothingKept:
     def started(self, now: float) -> None:
         pass
 
-    def close(self, now: float, cached_tokens: int) -> None:
+    def ended(self, now: float, cached_tokens: int, output_tokens: int) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
 _NOTHING_KEPT = _NothingKept()
 
 
-class Precise:
-    """The router's own core."""
-
-    needs_index = True
-
-    def __init__(self) -> None:
-        self._ledger = Ledger()
-
-    def choose(self, asked: Asked, known: Known, now: float) -> Decision:
-        answer = known.answer or MatchAnswer()
-        matches = {match.engine: match for match in answer.matches}
-        candidates = [
-            Candidate(
-                view=view,
-                match=matches.get(view.id),
-                known=view.id not in answer.unknown,
-                queued_tokens=self._ledger.queued_tokens(view.id) + known.others[view.id].prefill_tokens,
-                in_flight=self._ledger.in_flight(view.id) + known.others[view.id].requests,
-                last_used=self._ledger.last_used(view.id),
-                suspect=self._ledger.is_suspect(view.id, now),
-            )
-            for view in known.views
-        ]
-        choice = by_cost(candidates, asked.prompt_tokens)
-        return Decision([term.engine for term in choice.terms], str(choice.reason))
-
-    def sent(self, asked: Asked, engine: EngineId, uncached: int, now: float) -> Sent:
-        return _OnLedger(self._ledger.enter(engine, uncached, now))
-
-    def failed(self, engine: EngineId, now: float) -> None:
-        self._ledger.suspect(engine, now + SUSPECT_S)
-
-
-@dataclass(slots=True)
-class _OnLedger:
-    ticket: Ticket
-
-    def started(self, now: float) -> None:
-        self.ticket.started()
-
-    def close(self, now: float, cached_tokens: int) -> None:
-        self.ticket.close()
-
-
 def _seen(engine: EngineId, known: Known, cached: int) -> Seen:
-    load, own, others = known.loads[engine], known.own[engine], known.others[engine]
+    load, flying = known.loads[engine], known.flying[engine]
     return Seen(
         engine=engine,
         cached_tokens=cached,
         running=load.running,
         waiting=load.waiting,
         kv_usage=load.kv_usage,
-        requests=own.requests + others.requests,
-        prefill_tokens=own.prefill_tokens + others.prefill_tokens,
-        blocks=own.blocks + others.blocks,
+        requests=flying.requests,
+        prefill_tokens=flying.prefill_tokens,
+        blocks=flying.blocks,
     )
 
 
 _RULES: Mapping[str, Callable[[], Rule]] = {
-    "random": Random,
-    "round-robin": RoundRobin,
-    "least-load": LeastLoad,
-    "power-of-two": PowerOfTwo,
-    "session": Session,
-    "bounded-hash": BoundedHash,
     "llm-d": LlmD,
     "dynamo": Dynamo,
     "vllm-router": VllmRouter,
     "smg": Smg,
 }
 
-POLICIES = ("precise", *_RULES)
+POLICIES = (*PolicyName, *_RULES)
 
 
 def decider(policy: str, chance: Chance) -> Decider:
@@ -204,12 +221,12 @@ def decider(policy: str, chance: Chance) -> Decider:
     Raises `ValueError` that says which policies and parameters there are.
     """
     name, *given = policy.split(":")
-    if name == "precise" and not given:
-        return Precise()
+    if name in list(PolicyName) and not given:
+        return ByCore(PolicyName(name), chance)
     if name not in _RULES:
         raise ValueError(f"policy {policy!r} is none of {', '.join(POLICIES)}")
     rule = _RULES[name]()
-    parameters = {f.name: f.type for f in fields(rule) if not f.name.startswith("_")}  # type: ignore[arg-type]
+    parameters = [f.name for f in fields(rule)]  # type: ignore[arg-type]
     for text in given:
         key, _, value = text.partition("=")
         if key not in parameters:

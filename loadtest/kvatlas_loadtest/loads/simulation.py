@@ -17,11 +17,13 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
-from kvatlas_common.fleet import Health
-from kvatlas_common.matching import MatchAnswer
+from kvatlas_common.engines.pages import CacheConfig
+from kvatlas_common.fleet import Health, Load
+from kvatlas_common.observations import Finished, FirstToken, Observation, Routed
+from kvatlas_common.observations import Outcome as Ending
 from kvatlas_common.words import EngineId
 from kvatlas_loadtest.baselines.rules import Asked
 from kvatlas_loadtest.kv_events import KvEvent
@@ -31,14 +33,13 @@ from kvatlas_loadtest.loads.books import Books
 from kvatlas_loadtest.loads.naming import BlockNames, Named
 from kvatlas_loadtest.loads.outcomes import Outcome, Run, Sample
 from kvatlas_loadtest.loads.presets import PROFILE, REFERENCE, EnginePreset
-from kvatlas_loadtest.loads.routing import Decider, Decision, InFlight, Known, Sent, decider
+from kvatlas_loadtest.loads.routing import Decider, Decision, Flying, Known, Sent, decider
 from kvatlas_loadtest.loads.virtual_engine import EngineLoad, VirtualEngine
-from kvatlas_loadtest.loads.virtual_index import VirtualIndex, Wires
+from kvatlas_loadtest.loads.virtual_index import EPOCH_S, MODEL, VirtualIndex, Wires
 from kvatlas_loadtest.scheduler import EngineFull, EngineRequest, PromptTooLong
 
 ATTEMPTS = 3
 PROBED_S = 1.0  # until the index knows that an engine is down, or up again
-_IDLE = EngineLoad(0, 0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +90,19 @@ class _Flight:
     sent_s: float
     named: Named
     asked: Asked
+    decision: Decision | None = None
     left: list[EngineId] = field(default_factory=list)  # engines still to be tried, best first
-    reason: str = ""
     engine: EngineId | None = None
     request: EngineRequest | None = None
     uncached: int = 0
     ticket: Sent | None = None
     first_s: float | None = None
+    told: bool = False  # its router knows of the first token
     retries: int = -1
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.asked.prompt_tokens // self.asked.block_size)
 
 
 class Simulation:
@@ -118,12 +124,13 @@ class Simulation:
         preset = settings.preset
         self.engines = {e: VirtualEngine(e, preset.limits, preset.time_model, self, settings.sample_s) for e in ids}
         chance = random.Random(f"{settings.seed} wires").random
-        wires = Wires(chance, settings.event_delay_s, settings.lost_share, settings.replay)
-        self.index = VirtualIndex(ids, PROFILE, wires)
+        wires = Wires(chance, settings.event_delay_s, settings.share_s, settings.lost_share, settings.replay)
+        cache = CacheConfig(preset.limits.block_size, preset.limits.num_blocks - 1)
+        self.index = VirtualIndex(ids, cache, profile=PROFILE, wires=wires, routers=settings.routers)
         self._routers: list[Decider] = [
             decider(policy, random.Random(f"{settings.seed} router {n}").random) for n in range(settings.routers)
         ]
-        self._needs_index = self._routers[0].needs_index
+        self._needs_events = self._routers[0].needs_events
         self._books = Books(settings.routers, ids, settings.share_s)
         self._names = BlockNames(PROFILE, arrivals)
         self._named: list[Named | None] = [None] * len(arrivals)
@@ -139,7 +146,7 @@ class Simulation:
         self._counter = count()
         self._flights: dict[EngineRequest, _Flight] = {}
         self._awaited = 0  # requests in flight that others follow
-        self._loads: dict[EngineId, EngineLoad] = dict.fromkeys(ids, _IDLE)
+        self._loads: dict[EngineId, Load] = dict.fromkeys(ids, Load())
         self._scraped_at = 0.0
         self._outcomes: list[Outcome] = []
         self._samples: list[Sample] = []
@@ -205,7 +212,7 @@ class Simulation:
             engine.advance(until)
         if scrapes:
             self._scraped_at = scrape
-            self._loads = {e: engine.load if engine.up else _IDLE for e, engine in self.engines.items()}
+            self._loads = {e: _scraped(engine, until) for e, engine in self.engines.items()}
         if self._agenda and self._agenda[0][0] <= until:
             at_s, _, act = heapq.heappop(self._agenda)
             self._tell(at_s)
@@ -227,72 +234,95 @@ class Simulation:
         return named
 
     def _arrive(self, index: int, now: float) -> None:
-        named = self._name(index)
-        size = PROFILE.block_size
-        asked = Asked(named.prompt_tokens, named.lookup(size), self._arrivals[index].session, size)
-        flight = _Flight(index, index % self._settings.routers, now, named, asked)
-        views = [view for view in self.index.views() if view.health is not Health.DOWN]
-        answer = self.index.match(asked.keys, now) if self._needs_index else None
-        if views:
-            known = Known(
-                views, self._loads, self._books.own(flight.router), self._books.others(flight.router, now), answer
-            )
-            decision: Decision = self._routers[flight.router].choose(asked, known, now)
-            flight.left, flight.reason = list(decision.engines)[:ATTEMPTS], decision.reason
-        self._send(flight, answer, now)
+        named, arrival = self._name(index), self._arrivals[index]
+        size, router = PROFILE.block_size, index % self._settings.routers
+        prefix = f"{arrival.prompt[0]}{arrival.salt or ''}"
+        asked = Asked(named.prompt_tokens, named.lookup(size), arrival.session, prefix, size)
+        self.index.catch_up(now)
+        known = Known(
+            model=MODEL,
+            profile=PROFILE.name,
+            views=[view for view in self.index.views() if view.health is not Health.DOWN],
+            loads={e: replace(load, others=self.index.others(e, router)) for e, load in self._loads.items()},
+            flying=self._books.of(router, now),
+            held=lambda: self.index.held(asked.keys),
+            estimated=lambda: self.index.estimated(asked.keys, now),
+        )
+        flight = _Flight(index, router, now, named, asked, self._routers[router].choose(asked, known, now))
+        flight.left = list(flight.decision.engines[:ATTEMPTS]) if flight.decision else []
+        self._send(flight, now)
 
-    def _send(self, flight: _Flight, answer: MatchAnswer | None, now: float) -> None:
+    def _send(self, flight: _Flight, now: float) -> None:
         """To the first engine left that takes it."""
-        router = self._routers[flight.router]
         while flight.left:
             engine = self.engines[flight.left.pop(0)]
             flight.retries += 1
-            arrival = self._arrivals[flight.index]
-            prompt = [*flight.named.root, *[0] * (flight.named.prompt_tokens - len(flight.named.root))]
-            extra = (arrival.salt,) if arrival.salt else None
-            request = EngineRequest(
-                str(flight.index),
-                prompt[: flight.named.prompt_tokens],
-                arrival.output_tokens,
-                _Chain(flight.named.keys, PROFILE.block_size),
-                _token,
-                first_extra_keys=extra,
-            )
             if not engine.up:
-                router.failed(engine.id, now)
+                self._routers[flight.router].failed(engine.id, now)
                 continue
+            request = self._request(flight)
             try:
                 engine.submit(request, now)
             except PromptTooLong:
                 return self._end(flight, now, "prompt-too-long")
             except EngineFull:
                 continue
-            self._flights[request] = flight
             flight.engine, flight.request = engine.id, request
-            self._enter(flight, answer, now)
+            self._flights[request] = flight
+            self._awaited += flight.index in self._followers
+            self._enter(flight, now)
             return None
         return self._end(flight, now, "no-engine")
 
-    def _enter(self, flight: _Flight, answer: MatchAnswer | None, now: float) -> None:
-        assert flight.engine is not None
-        blocks = next((m.blocks for m in answer.matches if m.engine == flight.engine), 0) if answer else 0
-        flight.uncached = flight.asked.prompt_tokens - blocks * PROFILE.block_size
-        flight.ticket = self._routers[flight.router].sent(flight.asked, flight.engine, flight.uncached, now)
-        self._awaited += flight.index in self._followers
-        weight = InFlight(1, 1, flight.uncached, -(-flight.asked.prompt_tokens // PROFILE.block_size))
-        self._books.change(flight.router, flight.engine, weight, now)
+    def _request(self, flight: _Flight) -> EngineRequest:
+        arrival, named = self._arrivals[flight.index], flight.named
+        return EngineRequest(
+            str(flight.index),
+            [*named.root, *[0] * (named.prompt_tokens - len(named.root))],
+            arrival.output_tokens,
+            _Chain(named.keys, PROFILE.block_size),
+            _token,
+            first_extra_keys=(arrival.salt,) if arrival.salt else None,
+        )
 
-    def _leave(self, flight: _Flight, now: float) -> None:
-        """It is no longer in flight where it was."""
+    # -- what routers learn -------------------------------------------------------------------------------------------
+
+    def _enter(self, flight: _Flight, now: float) -> None:
+        engine, decision, asked = flight.engine, flight.decision, flight.asked
+        assert engine is not None
+        assert decision is not None
+        flight.ticket = self._routers[flight.router].sent(decision, engine, now)
+        cached = decision.predicted(engine)
+        flight.uncached = asked.prompt_tokens - cached
+        self._books.change(flight.router, engine, Flying(1, flight.uncached, flight.blocks), now)
+        keys = {PROFILE.name: asked.keys}
+        self._report(flight, Routed(str(flight.index), engine, MODEL, asked.prompt_tokens, cached, keys), now)
+
+    def _started(self, flight: _Flight, now: float) -> None:
+        """Its router has seen the first token."""
         assert flight.engine is not None
         assert flight.ticket is not None
-        assert flight.request is not None
-        flight.ticket.close(now, flight.request.cached_tokens or 0)
-        blocks = -(-flight.asked.prompt_tokens // PROFILE.block_size)
-        change = InFlight(-1, 0, 0, -blocks)
-        if flight.first_s is None:
-            change.add(InFlight(0, 1, flight.uncached), -1)
-        self._books.change(flight.router, flight.engine, change, now)
+        flight.ticket.started(now)
+        flight.told = True
+        self._books.change(flight.router, flight.engine, Flying(0, -flight.uncached), now)
+        self._report(flight, FirstToken(str(flight.index), flight.engine, MODEL, now - flight.sent_s), now)
+
+    def _leave(self, flight: _Flight, now: float, ending: Ending) -> None:
+        """It is no longer in flight where it was."""
+        engine, ticket, request = flight.engine, flight.ticket, flight.request
+        assert engine is not None
+        assert ticket is not None
+        assert request is not None
+        cached, output = request.cached_tokens or 0, len(request.tokens) - len(request.prompt)
+        if ending is Ending.OK:
+            ticket.ended(now, cached, output)
+        ticket.close()
+        change = Flying(-1, 0 if flight.told else -flight.uncached, -flight.blocks)
+        self._books.change(flight.router, engine, change, now)
+        self._report(flight, Finished(str(flight.index), engine, MODEL, cached, output, True, ending), now)
+
+    def _report(self, flight: _Flight, observation: Observation, now: float) -> None:
+        self.index.report(flight.router, observation, now)
 
     def _end(self, flight: _Flight, now: float, error: str = "") -> None:
         request = flight.request
@@ -308,7 +338,7 @@ class Simulation:
                 cached_tokens=(request.cached_tokens or 0) if request else 0,
                 output_tokens=len(request.output) if request else 0,
                 error=error,
-                reason=flight.reason,
+                reason=flight.decision.reason if flight.decision else "",
                 retries=max(flight.retries, 0),
                 stage=self._arrivals[flight.index].stage,
             )
@@ -323,7 +353,7 @@ class Simulation:
     # -- what engines report ------------------------------------------------------------------------------------------
 
     def published(self, engine: VirtualEngine, at_s: float, events: Sequence[KvEvent]) -> None:
-        if self._needs_index:
+        if self._needs_events:
             self.index.publish(engine.id, at_s, events)
 
     def first_token(self, request: EngineRequest, at_s: float) -> None:
@@ -331,16 +361,10 @@ class Simulation:
         flight.first_s = at_s
         self._note(at_s, lambda now: self._started(flight, now))
 
-    def _started(self, flight: _Flight, now: float) -> None:
-        assert flight.engine is not None
-        assert flight.ticket is not None
-        flight.ticket.started(now)
-        self._books.change(flight.router, flight.engine, InFlight(0, -1, -flight.uncached), now)
-
     def finished(self, request: EngineRequest, at_s: float) -> None:
         flight = self._flights.pop(request)
         self._awaited -= flight.index in self._followers
-        self._note(at_s, lambda now: self._leave(flight, now))
+        self._note(at_s, lambda now: self._leave(flight, now, Ending.OK))
         self._end(flight, at_s)
 
     def sampled(self, sample: Sample) -> None:
@@ -362,11 +386,12 @@ class Simulation:
         """Its engine has died: before the first token it is tried elsewhere, afterwards the answer is cut."""
         assert flight.engine is not None
         self._routers[flight.router].failed(flight.engine, now)
-        self._leave(flight, now)
-        if flight.first_s is not None:
+        begun = flight.first_s is not None
+        self._leave(flight, now, Ending.CUT if begun else Ending.ERROR)
+        if begun:
             self._end(flight, now, "cut")
         else:
-            self._send(flight, None, now)
+            self._send(flight, now)
 
     def _restart(self, engine: VirtualEngine, now: float) -> None:
         engine.restart(now)
@@ -386,6 +411,11 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _scraped(engine: VirtualEngine, now: float) -> Load:
+    load = engine.load if engine.up else EngineLoad(0, 0, 0.0)
+    return Load(load.running, load.waiting, load.kv_usage, scraped_at=EPOCH_S + now)
 
 
 class _Chain:

@@ -1,4 +1,5 @@
-"""The indexer's own core, fed by simulated engines: every event goes through streams, epochs, replay and residency.
+"""The indexer's own core, fed by simulated engines: every event goes through streams, epochs, replay and residency,
+and what routers report through its books and histories.
 
 What differs from a real shard is the wire: a message becomes visible a fixed delay after it was published, and may be
 lost. Messages are handed over as values; encoding them would cost more than all the rest (the encoder and the decoder
@@ -9,25 +10,29 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
 import msgspec
 
 from kvatlas_common.blocks.profile import HashProfile
+from kvatlas_common.engines.pages import CacheConfig
 from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.events.types import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
-from kvatlas_common.fleet import EngineView, Health
+from kvatlas_common.fleet import EngineView, Health, InFlight
 from kvatlas_common.matching import MatchAnswer
+from kvatlas_common.observations import Observation
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core.effects import Message, ReplayEnd
 from kvatlas_indexer.core.index import Command, KvIndex, Replay, Rules
 from kvatlas_indexer.core.naming import Expected, Finding
+from kvatlas_indexer.core.routing import Routing
 from kvatlas_loadtest.events import FULL_ATTENTION
 from kvatlas_loadtest.kv_events import KvEvent, Removed, Stored, key_of
 
+ESTIMATE_TTL_S = 600.0  # the indexer's default
 EPOCH_S = 1_700_000_000.0  # the index wants seconds since 1970; a load begins here
 MODEL = "reference"
 REPLAYED_MAX = 10_000
@@ -41,11 +46,12 @@ _NO_EXTRAS = msgspec.Raw(b"\xc0")
 class Wires:
     """`delay_s`: from published to visible. `lost_share`: of the messages, 0..1. `replay`: engines can be asked again.
 
-    `chance`: draws from [0, 1).
+    `share_s`: from a router's report until other routers see it. `chance`: draws from [0, 1).
     """
 
     chance: Callable[[], float]
     delay_s: float = 0.005
+    share_s: float = 0.05
     lost_share: float = 0.0
     replay: bool = True
 
@@ -63,13 +69,23 @@ class _Publisher:
 class VirtualIndex:
     """Times are seconds of the load; `now` never goes back."""
 
-    def __init__(self, engines: Iterable[EngineId], profile: HashProfile, wires: Wires) -> None:
+    def __init__(
+        self, engines: Iterable[EngineId], cache: CacheConfig, *, profile: HashProfile, wires: Wires, routers: int
+    ) -> None:
         self.findings: list[Finding] = []
         self.lost = 0
         self._profile = profile
         self._wires = wires
         expected = Expected(profile.algorithm, profile.seed, profile.block_size)
-        self._index = KvIndex(Rules(expected), on_finding=lambda _, finding: self.findings.append(finding))
+        self._routing = Routing(estimate_ttl_s=ESTIMATE_TTL_S)
+        self._index = KvIndex(
+            Rules(expected),
+            on_finding=lambda _, finding: self.findings.append(finding),
+            on_emptied=self._routing.forget,
+        )
+        self._cache = cache
+        for router in range(routers):
+            self._routing.in_flight.joined(str(router))
         self._publishers = {engine: _Publisher(engine) for engine in engines}
         self._due: list[tuple[float, int, Callable[[float], None]]] = []
         self._counter = count()
@@ -107,7 +123,7 @@ class VirtualIndex:
 
     def health(self, engine: EngineId, health: Health, at_s: float) -> None:
         """As a probe finds it."""
-        facts = EngineFacts(engine, health, frozenset({MODEL}))
+        facts = EngineFacts(engine, health, frozenset({MODEL}), cache=self._cache)
         self._obey(self._index.on_facts(facts, EPOCH_S + at_s), at_s)
 
     # -- what routers see ---------------------------------------------------------------------------------------------
@@ -120,10 +136,26 @@ class VirtualIndex:
         if now - self._ticked_at >= _TICK_S:
             self._ticked_at = now
             self._obey(self._index.on_tick(EPOCH_S + now), now)
+            self._routing.on_tick(now, self._index.fleet())
 
-    def match(self, keys: Sequence[int], now: float, engines: Collection[EngineId] = ()) -> MatchAnswer:
-        self.catch_up(now)
-        return self._index.match(MODEL, {self._profile.name: keys}, engines)
+    def held(self, keys: Sequence[int]) -> MatchAnswer:
+        """What each engine holds of a prompt, and is expected to, as far as the index has caught up."""
+        prompts = {self._profile.name: keys}
+        return self._routing.expect(self._index.match(MODEL, prompts), self._index.fleet(), MODEL, prompts, ())
+
+    def estimated(self, keys: Sequence[int], now: float) -> MatchAnswer:
+        """What each should hold by what was sent to it."""
+        return self._routing.estimate(self._index.fleet(), MODEL, {self._profile.name: keys}, (), now)
+
+    def others(self, engine: EngineId, router: int) -> InFlight:
+        """What routers but this one have told of."""
+        return self._routing.in_flight.others(engine, str(router))
+
+    def report(self, router: int, observation: Observation, at_s: float) -> None:
+        self._at(
+            at_s + self._wires.share_s,
+            lambda now: self._routing.observe(str(router), observation, self._index.fleet(), now),
+        )
 
     def views(self) -> tuple[EngineView, ...]:
         """In the order of their ids."""

@@ -84,12 +84,9 @@ class KvIndex:
             return self._refuse("payload" if dialled else "message", dialled, f"from {peer or dialled}: {error}")
         if address is None:
             return []
-        known = self._take(EngineId(address, port_rank if batch.rank is None else batch.rank), now)
-        if known is None:
-            return []
-        known.speaks = known.speaks or dialled is None
+        engine = EngineId(address, port_rank if batch.rank is None else batch.rank)
         message = Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch)
-        return self._commands(known, known.engine.on_message(message, now))
+        return self.on_message(engine, message, now, speaks=dialled is None)
 
     def _claimed(self, topic_frame: bytes, peer: str, now: float) -> str | None:
         """The address a listened message may speak for, or None if it may not. Raises `MalformedBatch`."""
@@ -119,19 +116,21 @@ class KvIndex:
         known = self._known.get(engine)
         return self._commands(known, known.engine.on_connection(up, now)) if known else []
 
-    def on_message(self, engine: EngineId, message: Message, now: float) -> list[Command]:
-        """A message of a dialled engine that needs no decoding: simulated engines have no bytes."""
+    def on_message(self, engine: EngineId, message: Message, now: float, *, speaks: bool = False) -> list[Command]:
+        """One message, decoded; `speaks`: the engine has made itself known by it."""
         known = self._take(engine, now)
-        return self._commands(known, known.engine.on_message(message, now)) if known else []
+        if known is None:
+            return []
+        known.speaks = known.speaks or speaks
+        return self._commands(known, known.engine.on_message(message, now))
 
     def on_replayed(self, engine: EngineId, seq: int, payload: bytes, now: float) -> list[Command]:
         try:
             batch = decode_batch(payload)
         except MalformedBatch as error:  # its place in the sequence is taken all the same
             batch = EventBatch(0.0, None, (), (RejectedEvent(Rejection.MALFORMED, str(error)),))
-        return self.on_replayed_message(
-            engine, Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch), now
-        )
+        message = Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch)
+        return self.on_replayed_message(engine, message, now)
 
     def on_replayed_message(self, engine: EngineId, message: Message, now: float) -> list[Command]:
         known = self._known.get(engine)
