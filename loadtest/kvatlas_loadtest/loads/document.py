@@ -20,9 +20,11 @@ class BadDocument(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """`whole`: the reference workload had its published size. `facts`: what, with what, on what; in words."""
+    """`simulated`: in virtual time; only that can be held to what must hold. `whole`: the reference workload had its
+    published size. `facts`: what, with what, on what; in words."""
 
     figures: tuple[Figures, ...]
+    simulated: bool = False
     whole: bool = False
     facts: dict[str, str] = field(default_factory=dict)
 
@@ -49,6 +51,7 @@ def merged(documents: Sequence[Document]) -> Document:
                 told.append(text)
     return Document(
         figures=tuple(figures for document in documents for figures in document.figures),
+        simulated=all(document.simulated for document in documents),
         whole=all(document.whole for document in documents),
         facts={name: "; ".join(told) for name, told in facts.items()},
     )

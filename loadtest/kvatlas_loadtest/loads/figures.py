@@ -29,7 +29,8 @@ from kvatlas_loadtest.percentiles import percentile
 
 QUANTILES = tuple(n / 100 for n in range(1, 101))
 TIMELINE_POINTS = 120
-RATE_WINDOWS = 60
+RATE_WINDOWS_MAX = 60
+RATE_WINDOW_REQUESTS = 30  # on average, at least: fewer say little about a rate
 RATE_POINTS = 12
 PILED_LOAD = 1.5
 SHED = ("status 429", "shed")
@@ -249,10 +250,11 @@ def _rates(outcomes: Sequence[Outcome]) -> tuple[RatePoint, ...]:
     last = max((o.sent_s for o in outcomes), default=0.0)
     if last <= 0:
         return ()
-    length = last / RATE_WINDOWS
+    number = max(min(RATE_WINDOWS_MAX, len(outcomes) // RATE_WINDOW_REQUESTS), 1)
+    length = last / number
     windows: dict[int, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
-        windows[min(int(outcome.sent_s / length), RATE_WINDOWS - 1)].append(outcome)
+        windows[min(int(outcome.sent_s / length), number - 1)].append(outcome)
     steps: dict[int, list[list[Outcome]]] = defaultdict(list)
     before = 0
     for those in sorted(windows.values(), key=len):

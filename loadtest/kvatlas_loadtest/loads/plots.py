@@ -14,9 +14,11 @@ from statistics import median
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from kvatlas_loadtest.loads.comparison import CACHED, OUTPUT, TTFT_P90, Comparison, Measure
 from kvatlas_loadtest.loads.figures import QUANTILES, Figures, Spread
@@ -24,7 +26,7 @@ from kvatlas_loadtest.loads.figures import QUANTILES, Figures, Spread
 DPI = 110
 WIDTH_IN = 11.0
 ACROSS = 3
-RATES_APART = 2.0  # a load whose rates differ by less shows nothing over them
+RATES_APART = 3.0  # a load whose rates differ by less shows nothing over them
 
 SOLID, DASHED, DOTTED = "-", (0, (4, 1.5)), (0, (1, 1.2))
 _LINES: dict[str, tuple[str, str | tuple[int, tuple[float, float]]]] = {
@@ -101,7 +103,7 @@ def _drawings(comparison: Comparison) -> list[_Drawing]:
     return [
         _Drawing(
             "P90 time to first token",
-            "Median over seeds; the line shows the least and the most. Logarithmic: shorter is better.",
+            "Median over seeds; the line shows the least and the most. Further left is better (logarithmic).",
             everywhere,
             bars(TTFT_P90),
             bars_in,
@@ -161,7 +163,7 @@ def _png(drawing: _Drawing, policies: Sequence[str], ground: Ground) -> bytes:
     for number, workload in enumerate(drawing.workloads, 1):
         axes = figure.add_subplot(down, across, number)
         drawing.draw(axes, workload, ground)
-        axes.set_title(workload, fontsize=9, fontweight="bold", loc="left")
+        axes.set_title(workload, fontsize=9, fontweight="bold", loc="left", color=ground.ink)
         _dress(axes, ground)
     if drawing.keyed:
         keys = [Line2D([], [], label=policy, **_line(policy, policies)) for policy in policies]
@@ -175,7 +177,6 @@ def _png(drawing: _Drawing, policies: Sequence[str], ground: Ground) -> bytes:
 
 def _dress(axes: Axes, ground: Ground) -> None:
     axes.set_facecolor(ground.paper)
-    axes.title.set_color(ground.ink)
     axes.tick_params(colors=ground.ink, labelsize=8, which="both", length=2.5)
     axes.xaxis.label.set(color=ground.ink, fontsize=8)
     axes.yaxis.label.set(color=ground.ink, fontsize=8)
@@ -192,7 +193,11 @@ def _bars(axes: Axes, ground: Ground, comparison: Comparison, workload: str, mea
         found = comparison.median(policy, workload, measure)
         if found is None:
             continue
-        axes.barh(place, found.value, color=_colour(policy, policies), height=0.7)
+        colour = _colour(policy, policies)
+        if measure.unit == "s":  # a point: on a logarithmic axis the length of a bar means nothing
+            axes.plot(found.value, place, "o", color=colour, markersize=6.5)
+        else:
+            axes.barh(place, found.value, color=colour, height=0.7)
         axes.plot([found.low, found.high], [place, place], color=ground.ink, linewidth=1.1)
     if measure is CACHED:
         shares = [run.oracle_share for run in _runs(comparison, workload)]
@@ -200,8 +205,7 @@ def _bars(axes: Axes, ground: Ground, comparison: Comparison, workload: str, mea
         axes.set_xlim(0, 1)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value * 100:.0f} %")
     if measure.unit == "s":
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _logarithmic(axes.xaxis)
     _name_rows(axes, policies)
     axes.set_xlabel({"share": "share of prompt tokens"}.get(measure.unit, f"{measure.heading}, {measure.unit}"))
 
@@ -233,12 +237,20 @@ def _name_rows(axes: Axes, policies: Sequence[str]) -> None:
     axes.set_ylim(len(policies) - 0.4, -0.6)
 
 
+def _logarithmic(axis: XAxis | YAxis) -> None:
+    """With plain numbers at 1, 2 and 5, as many as there is room for."""
+    axes, scale = axis.axes, "log"
+    axes.set_xscale(scale) if isinstance(axis, XAxis) else axes.set_yscale(scale)
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _over_rate(axes: Axes, comparison: Comparison, workload: str) -> None:
     for policy in _drawn_last(comparison.policies):
         points = _rates(comparison.cell(policy, workload))
         axes.plot(*zip(*points, strict=True), **_line(policy, comparison.policies)) if points else None
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _logarithmic(axes.yaxis)
     axes.set_xlabel("requests per second")
     axes.set_ylabel("P90 TTFT, s")
     axes.set_xlim(left=0)
@@ -265,8 +277,7 @@ def _cdf(axes: Axes, comparison: Comparison, workload: str) -> None:
         if runs:
             times = [median(values) for values in zip(*runs, strict=True)]
             axes.plot(times, QUANTILES, **_line(policy, comparison.policies))
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    _logarithmic(axes.xaxis)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:.0f} %")
     axes.set_ylim(0, 1.01)
     axes.set_xlabel("TTFT, s")

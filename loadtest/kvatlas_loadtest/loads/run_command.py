@@ -9,6 +9,7 @@ import shlex
 import signal
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def add_to(commands: Any) -> None:
     add("--engine-header", default=ENGINE_HEADER, metavar="NAME", help="names the engine (default: %(default)s)")
     add("--timeout", type=float, default=TIMEOUT_S, metavar="SECONDS", help="(default: %(default)g)")
     add("--connections", type=int, default=CONNECTIONS_MAX, metavar="N", help="at most (default: %(default)s)")
+    add("--block-size", type=int, default=16, metavar="TOKENS", help="of the engines, for the oracle (default: 16)")
     add("--label", metavar="NAME", help="what the report calls it (default: the URL)")
     add("--json", type=Path, metavar="FILE", help="write what was measured; `report` lays such files side by side")
     add("--html", type=Path, metavar="FILE", help="write the page")
@@ -104,7 +106,7 @@ def _document(args: argparse.Namespace, player: Player, arrivals: list[Arrival])
         seed=args.seed,
         outcomes=outcomes,
         samples=queues(outcomes, every_s=max(ends / 240, 0.05)),
-        oracle_cached_tokens=_oracle(arrivals, {o.arrival for o in outcomes}),
+        oracle_cached_tokens=_oracle(arrivals, {o.arrival for o in outcomes}, args.block_size),
         settings={"scale": args.scale, "slower": args.slower, "tokens": args.tokens},
     )
     reasons = Counter(o.reason for o in outcomes if o.reason)
@@ -112,18 +114,20 @@ def _document(args: argparse.Namespace, player: Player, arrivals: list[Arrival])
         "command": shlex.join(["python", "-m", "kvatlas_loadtest.loads", *_secretless(sys.argv[1:])]),
         "load": f"{args.workload}, {len(arrivals)} requests, seed {args.seed}",
         "lateness": f"the client sent no request more than {player.late_max_s * 1000:.0f} ms after it was due",
+        "oracle": f"counts the load's own text in blocks of {args.block_size} tokens, and not what templates add",
         "chosen by": ", ".join(f"{reason} {times}" for reason, times in reasons.most_common()) or "not told",
         **surroundings(),
     }
     return Document((figures(run, gaps_s=player.gaps_s),), facts=facts)
 
 
-def _oracle(arrivals: list[Arrival], answered: set[int]) -> int:
-    """Of those that were answered, in blocks of the usual size: what the server's are is not known here."""
-    names = BlockNames(PROFILE, arrivals)
+def _oracle(arrivals: list[Arrival], answered: set[int], block_size: int) -> int:
+    """Of those that were answered. It knows the load's own text only, not what a chat template adds."""
+    profile = replace(PROFILE, block_size=block_size)
+    names = BlockNames(profile, arrivals)
     those = sorted(answered)
     outputs = [arrivals[index].output_tokens for index in those]
-    return oracle.cached_tokens([names.of(index) for index in those], outputs, PROFILE.block_size)
+    return oracle.cached_tokens([names.of(index) for index in those], outputs, block_size)
 
 
 def _secretless(argv: list[str]) -> list[str]:

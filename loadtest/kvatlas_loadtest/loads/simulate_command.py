@@ -109,7 +109,7 @@ def _execute(args: argparse.Namespace, console: Console) -> int:
         "fleet": ", ".join(f"{name} {value}" for name, value in _settings(args).told().items() if value != ""),
         **surroundings(),
     }
-    document = Document(tuple(runs), whole=scales.get(REFERENCE) == 1.0, facts=facts)
+    document = Document(tuple(runs), simulated=True, whole=scales.get(REFERENCE) == 1.0, facts=facts)
     if args.json is not None:
         document.save(args.json)
     publish(document, console, rows_to=args.rows, page_to=args.html)

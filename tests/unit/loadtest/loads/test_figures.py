@@ -48,7 +48,7 @@ def test_gaps_that_were_measured_are_what_counts() -> None:
 
 
 def test_nothing_came() -> None:
-    found = figures(run(outcome(0.0, None, 1.0, None, error="status 503")))
+    found = figures(run(outcome(0.0, None, 1.0, None, error="status 503", output_tokens=0)))
     assert (found.ttft, found.itl, found.ttft_quantiles, found.imbalance, found.of_oracle) == (
         None,
         None,
@@ -105,7 +105,9 @@ def test_what_a_client_knows_of_queues() -> None:
 def test_times_by_how_many_came_a_second() -> None:
     slow = [outcome(float(n), n + 0.1, n + 1.0) for n in range(60)]
     fast = [outcome(60 + n / 9, 60 + n / 9 + 0.9, 80.0) for n in range(541)]
-    low, high = figures(run(*slow, *fast)).rates
+    points = figures(run(*slow, *fast)).rates
+    low, high = points[0], points[-1]
+    assert sum(p.ttft.count for p in points if p.ttft) == 601
     assert (low.per_s, high.per_s) == pytest.approx((1.0, 9.0), rel=0.1)
     assert low.ttft is not None
     assert high.ttft is not None
