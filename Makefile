@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up up-redis test check proto test-vllm chaos image clean
+.PHONY: help setup demo up up-redis test check proto test-vllm bench chaos image clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ proto: setup ## generate the gRPC stubs anew
 
 up-redis: setup ## the same on a real Valkey, started here for as long as it runs
 	@$(BIN)/python -m kvatlas_loadtest.valkey -- $(BIN)/kvatlas up --simulate 3 --store '{url}'
+
+bench: setup ## every budget measured, beside a peer where there is one (build/bench.json; 5 minutes)
+	@$(BIN)/python -m kvatlas_loadtest.bench --json build/bench.json
 
 chaos: setup ## faults on real processes, held to the engines' own block tables (build/chaos.json; 12 minutes)
 	@$(BIN)/python -m kvatlas_loadtest.chaos --json build/chaos.json

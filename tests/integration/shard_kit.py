@@ -41,7 +41,7 @@ Truth = Callable[[SimulatedEngine], Mapping[int, int]]
 
 
 def config(number: int, **options: Any) -> EngineConfig:
-    return EngineConfig(seed=number, time_model=NO_TIME, **{"limits": SMALL, **options})
+    return EngineConfig(seed=number, **{"limits": SMALL, "time_model": NO_TIME, **options})
 
 
 def spec(engine: SimulatedEngine, *, dialled: bool = True) -> EngineSpec:
@@ -51,7 +51,9 @@ def spec(engine: SimulatedEngine, *, dialled: bool = True) -> EngineSpec:
 
 @dataclass
 class Shards:
-    """`engines` are known to every shard added from then on. `truth`: what an engine holds, as lookups name it."""
+    """`engines` are known to every shard added from then on, if they are `listed`.
+    `truth`: what an engine holds, as lookups name it.
+    """
 
     url: str
     stack: AsyncExitStack
@@ -59,6 +61,7 @@ class Shards:
     engines: list[SimulatedEngine]
     prefix: str = field(default_factory=fresh_prefix)
     dialled: bool = True
+    listed: bool = True
     truth: Truth = SimulatedEngine.block_table
     asked: list[tuple[SimulatedEngine, list[int]]] = field(default_factory=list)  # every prompt sent
     running: dict[str, Indexer] = field(default_factory=dict)
@@ -79,7 +82,7 @@ class Shards:
         wanted = {"store": url, "store_prefix": self.prefix, "shard": name, "drain_s": 0.2, "zmq_listen": listening}
         ports = {"grpc_listen": "127.0.0.1:0", "rest_listen": "127.0.0.1:0"}
         settings = IndexerSettings.model_validate(wanted | ports | options)
-        specs = tuple(spec(engine, dialled=self.dialled) for engine in self.engines)
+        specs = tuple(spec(engine, dialled=self.dialled) for engine in self.engines if self.listed)
         shard = Indexer(settings.model_copy(update={"engines": specs}), environ={})
         await shard.start()
         self.running[name] = shard
@@ -196,6 +199,11 @@ class Shards:
             if (kept := await self.kept(engine)) != table:
                 return f"{engine.address} in the store: {len(kept.items() ^ table.items())} blocks differ"
         return ""
+
+    async def health(self, name: str) -> dict[str, str]:
+        """Engine -> its health, as this shard tells it."""
+        views = await self._get(f"http://{self.running[name].rest_address}/v1/engines")
+        return {engine: view["health"] for engine, view in views.items()}
 
     def known(self, engine: SimulatedEngine) -> Known:
         """As its owner has it."""

@@ -15,6 +15,7 @@ from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.redis_client import RedisClient, Request, StoreUnavailable
 from kvatlas_indexer.adapters.redis_store import RedisStore
 from kvatlas_indexer.adapters.redis_writes import ATOMIC_MAX, Flush, Outcome, Position
+from kvatlas_indexer.core.projection import SlotWrite, Write
 from kvatlas_loadtest.valkey import Valkey
 from tests.integration.redis_kit import SOON, START, A, B, fresh_prefix, opened, own, put, read, stored, table, writes
 
@@ -31,6 +32,16 @@ async def test_a_write_reads_back(url: str) -> None:
         assert await table(store, [7, 8]) == {(7, 1): 1, (7, 2): 2, (7, 6): 255, (8, 2): 1}
         await put(store, A, {7: {1: 0, 2: 0}})
         assert read(await store.lookup([1, 2, 6])) == [{}, {8: 1}, {7: 255}]
+
+
+async def test_a_slot_without_blocks_is_no_reason_to_refuse_the_others(url: str) -> None:
+    async with stored(url) as store:
+        await own(store, A)
+        for whole in (True, False):
+            empty, full = SlotWrite(7, [], b""), SlotWrite(8, [store.partitions], b"\1")
+            given = [Write(A, 0, (empty, full)), *(Write(A, p, (empty,)) for p in range(1, store.partitions))]
+            assert set(await store.write(given, 1, START, whole=whole)) == {Outcome.OK}
+        assert read(await store.lookup([store.partitions])) == [{8: 1}]
 
 
 async def test_a_block_nobody_holds_leaves_nothing_behind(single: Valkey) -> None:

@@ -7,9 +7,12 @@ import contextlib
 import time
 from collections.abc import Mapping
 
+import pytest
+
 from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_indexer.app import Indexer
+from kvatlas_indexer.core import ownership
 from kvatlas_loadtest.chaos.wires import TcpRelay
 from kvatlas_loadtest.engine import EngineConfig
 from kvatlas_loadtest.events import WireVersion
@@ -79,6 +82,55 @@ async def test_a_listened_engine_that_restarts_towards_another_shard(single: Val
         await heard_by(run, "second")
         await run.load()
         await run.agree("after its shard died and it began anew")
+
+
+async def test_a_listened_engine_whose_shard_dies_is_somebodys_even_if_nobody_hears_it(
+    single: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One lives on without a word, one has died with its shard, and neither is in a list."""
+    monkeypatch.setattr(ownership, "ORPHANED_S", 1.0)
+    async with shards(single.url, engines=[config(0), config(1)], dialled=False, listed=False) as run:
+        first = await run.add("first")
+        silent, dead = [await run.replace(n, connecting(2 + n, zmq(first))) for n in range(2)]
+        await until(lambda: _speak(run, {"first"}), "both to be known to the shard they speak to", DEADLINE_S)
+        held = [await run.written(engine) for engine in (silent, dead)]
+        assert all(held)
+        await run.add("second", forget_after_s=1.0)
+        run.crash("first")
+        await dead.crash()
+
+        async def settled() -> bool:
+            return await run.health("second") == {silent.address: "ready"}
+
+        await until(settled, "the dead one to be forgotten", DEADLINE_S)
+        assert run.owners() == {silent.address: {"second"}, dead.address: set()}
+        assert await run.record(dead) is None
+        assert await run.kept(silent) == held[0]
+
+
+async def test_a_dialled_engine_taken_off_every_list_while_no_shard_ran_is_forgotten(
+    single: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ownership, "ORPHANED_S", 0.5)
+    async with shards(single.url, "first", engines=[config(0), config(1)]) as run:
+        await run.spread()
+        await run.load(4)
+        await run.agree("after a load")
+        run.crash("first")
+        gone = run.engines.pop()
+        await run.add("second")
+        await run.spread()
+
+        async def forgotten() -> bool:
+            return await run.record(gone) is None
+
+        await until(forgotten, "the one in no list to be forgotten", DEADLINE_S)
+        await run.agree("the other one stays")
+
+
+async def _speak(run: Shards, owners: set[str]) -> bool:
+    await run.load(len(run.engines))
+    return all(run.owners()[engine.address] == owners for engine in run.engines)
 
 
 def recomputed(run: Shards) -> Mapping[str, Mapping[int, int]]:

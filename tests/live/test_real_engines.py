@@ -122,6 +122,10 @@ def _more(deployment: Deployment) -> dict[str, float]:
         "tokenised local": deployment.router_metric("tokenised_total", where="local"),
         "tokenised remote": deployment.router_metric("tokenised_total", where="remote"),
         "checks of tokens that differed": deployment.router_metric("parity_mismatches_total"),
+        "lookups": deployment.router_metric("decision_seconds_count", stage="match"),
+        "lookups within the default 20 ms": deployment.router_metric(
+            "decision_seconds_bucket", stage="match", le="0.02"
+        ),
         "blocks stored": deployment.indexer_metric("events_total", outcome="stored"),
         "blocks evicted": deployment.indexer_metric("events_total", outcome="removed"),
     }

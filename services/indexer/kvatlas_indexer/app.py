@@ -137,6 +137,8 @@ class Indexer:
         store = RedisStore(client, block_ttl_s=settings.block_ttl_s)
         publisher = self._publisher = Publisher(self.index, store, clock=time.monotonic)
         name = settings.shard or f"{socket.gethostname()}:{os.getpid()}"
+        shared = SharedIndex(store, on_change=self._front.wake, on_emptied=self.routing.forget)
+        self._front.lookups = shared
         shard = self._shard = Shard(
             name=name,
             index=self.index,
@@ -144,13 +146,12 @@ class Indexer:
             leases=RedisLeases(client, client.prefix, name),
             publisher=publisher,
             hands=Hands(self._own, self._apply_message, self._perform),
+            recorded=lambda: {engine.address for engine in shared.fleet().engines},
             clock=time.monotonic,
             wall=time.time,
         )
         publisher.lost = shard.lost
         self._stack.push_async_callback(shard.leave)
-        shared = SharedIndex(store, on_change=self._front.wake, on_emptied=self.routing.forget)
-        self._front.lookups = shared
         sweep = RedisSweep(client, name, block_ttl_s=settings.block_ttl_s)
         return [shared.run(), publisher.run(), shard.run(), _sweep_store(sweep, shared)]
 

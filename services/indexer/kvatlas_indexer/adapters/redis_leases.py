@@ -2,7 +2,8 @@
 
 A lease is a hash with a time to live, `shard` and `fence`. Its fence is higher than any given out for the engine
 before, so that an owner that has been replaced without noticing can write nothing any more. Fences follow the clock
-(ms): also after the highest one was lost, in a wipe or a fail-over, the next is higher. All times are Redis's own.
+(ms): also after the highest one was lost, in a wipe or a fail-over, or has expired, the next is higher. All times are
+Redis's own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ local t = redis.call('TIME')
 local known = math.max(tonumber(redis.call('GET', KEYS[2]) or '0'), tonumber(lease[2] or '0'), tonumber(ARGV[4]))
 local fence = math.max(known + 1, t[1] * 1000 + math.floor(t[2] / 1000))
 local said = string.format('%.0f', fence)
-redis.call('SET', KEYS[2], said)
+redis.call('SET', KEYS[2], said, 'EX', 604800)
 redis.call('HSET', KEYS[1], 'shard', ARGV[1], 'fence', said)
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 return fence

@@ -268,7 +268,7 @@ def _position(position: Position) -> tuple[int, int, float, int]:
 def _parts(write: Write, *, whole: bool) -> Iterator[list[SlotWrite]]:
     """In one, where that may be; otherwise in parts of at most `PART_MAX` blocks."""
     if len(write) <= (PART_MAX if whole else ATOMIC_MAX):
-        yield list(write.slots)
+        yield [slot for slot in write.slots if len(slot.keys)]  # the script takes no slot without blocks
         return
     part: list[SlotWrite] = []
     room = PART_MAX

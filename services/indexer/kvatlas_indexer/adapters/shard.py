@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from kvatlas_common.engines.specs import EngineSpec
@@ -48,7 +48,7 @@ class Hands:
 
 
 class Shard:
-    """`wall` gives seconds since the epoch, `clock` is monotonic."""
+    """`recorded`: the addresses of all engines in the store. `wall`: seconds since the epoch; `clock` is monotonic."""
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class Shard:
         leases: RedisLeases,
         publisher: Publisher,
         hands: Hands,
+        recorded: Callable[[], Set[str]],
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
@@ -68,10 +69,12 @@ class Shard:
         self._leases = leases
         self._publisher = publisher
         self._hands = hands
+        self._recorded = recorded
         self._clock = clock
         self._wall = wall
         self._ownership = Ownership(name)
         self._specs: dict[str, EngineSpec] = {}
+        self._told_specs = False  # before that, every engine looks like one in no list
         self._fences: dict[str, int] = {}  # of the engines this shard holds, or is taking
         self._taken: set[str] = set()  # of those, the ones it has taken in whole
         self._parked: dict[str, deque[tuple[Origin, list[bytes]]]] = {}
@@ -84,7 +87,7 @@ class Shard:
     # -- what the indexer tells it -------------------------------------------------------------------------------------
 
     def on_specs(self, specs: Iterable[EngineSpec]) -> None:
-        self._specs = {spec.address: spec for spec in specs}
+        self._specs, self._told_specs = {spec.address: spec for spec in specs}, True
         self._own()
         self._hurry.set()
 
@@ -136,7 +139,8 @@ class Shard:
     async def _beat(self) -> None:
         now = self._clock()
         heard = [address for address in self._parked if self._ownership.hears(address, now)]
-        self._asked = list(dict.fromkeys([*self._specs, *self._fences, *heard]))
+        unlisted = self._recorded() - self._specs.keys() if self._told_specs else frozenset()
+        self._asked = list(dict.fromkeys([*self._specs, *self._fences, *heard, *unlisted]))
         beat = await self._leases.beat(self._asked, self._fences)
         if (beat.returned or self._away) and self._beaten:
             self._waits_until = self._clock() + RETURNED_S
@@ -145,6 +149,8 @@ class Shard:
         if now < self._waits_until:
             return
         wanted = {address: spec.events is not None for address, spec in self._specs.items()}
+        orphans = self._ownership.orphaned(unlisted - beat.leases.keys(), now)
+        wanted |= dict.fromkeys(orphans | (unlisted & self._fences.keys()), False)
         moves = self._ownership.moves(wanted=wanted, leases=beat.leases, live=beat.live, now=now)
         for address in [a for a, move in moves.items() if move is Move.RELEASE and a in self._taken]:
             await self._give_up(address)
@@ -157,9 +163,7 @@ class Shard:
         ran_out: list[str] = []
         for address, fence in list(self._fences.items()):
             lease = beat.leases.get(address)
-            if lease is None or (
-                lease.shard == self.name and lease.fence != fence
-            ):  # or got unawares, by a late answer
+            if lease is None or (lease.shard == self.name and lease.fence != fence):  # got unawares, by a late answer
                 ran_out.append(address)
             elif lease.shard != self.name:
                 self._lose(address)
@@ -223,6 +227,8 @@ class Shard:
         fences = {address: fence for address, fence in fences.items() if address not in refused}
         reached = {engine: at for engine, at in reached.items() if engine.address in fences}
         records = {engine: record for engine, record in records.items() if engine in reached}
+        for engine in await self._unwanted(records, fences):
+            del records[engine], reached[engine]
         holdings = await self._read_back(records.values())
         now = self._wall()
         for engine, record in records.items():
@@ -238,6 +244,16 @@ class Shard:
             for origin, frames in self._parked.pop(address, ()):
                 self._hands.apply(origin, frames)
         log.info("engines taken", extra={"engines": sorted(fences)})
+
+    async def _unwanted(self, records: Mapping[EngineId, EngineRecord], fences: Mapping[str, int]) -> list[EngineId]:
+        """Engines that were dialled, and were taken off every list while they had no owner: nobody's any more."""
+        listed, now = self._specs.keys(), self._clock()
+        gone = [engine for engine, record in records.items() if engine.address not in listed and not record.listened]
+        gone = [engine for engine in gone if not self._ownership.hears(engine.address, now)]
+        for engine in gone:
+            if await self._store.remove_record(engine, fences[engine.address]):
+                self._publisher.bury(records[engine].slot_numbers())
+        return gone
 
     async def _read_back(self, records: Iterable[EngineRecord]) -> dict[int, list[Holding]]:
         """What these engines hold, by slot number."""

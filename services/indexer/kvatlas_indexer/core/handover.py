@@ -71,6 +71,7 @@ def describe(known: Known, expected: Expected, projection: Projection, residency
         naming=NamingRecord(
             naming.reproduces, naming.profile.name if naming.profile else None, naming.verified, naming.extras_proven
         ),
+        listened=known.speaks,
         labels=view.labels,
     )
 
@@ -87,6 +88,7 @@ def resume(
     False if that cannot be trusted, and the engine begins like one never heard of: a partition has lost what it was
     told, or belongs to another epoch, or the names of recomputed blocks went with their owner.
     """
+    known.speaks = record.listened
     if record.health is Health.READY:  # until its new owner's first probe
         known.facts = EngineFacts(
             known.id,

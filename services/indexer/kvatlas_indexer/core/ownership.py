@@ -4,6 +4,7 @@
 |----------------------------------------------|----------------------------------------------------------------|
 | its events are dialled, or nobody hears it   | the live shard that wins rendezvous hashing of its address     |
 | its events are listened for                  | the shard that hears them, taken from another one if need be   |
+| it is in no list, and its owner is gone      | the same winner: it may have died with its owner               |
 
 Rendezvous hashing moves only the engines of a shard that left, or those a new shard wins. An owner that no longer wins
 lets go (it has written everything first), and the winner takes the free lease.
@@ -30,6 +31,12 @@ class Lease:
     fence: int
 
 
+ORPHANED_S = 5.0
+"""An engine in no list, without an owner for so long, is nobody's: the shard it spoke to has gone, and it is silent."""
+HEARD_MAX = 16_384
+"""Names kept of engines that were heard; beyond, the oldest goes: names come from the network."""
+
+
 class Move(Enum):
     ACQUIRE = "take the free lease"
     FORCE = "take the lease from another shard"
@@ -48,10 +55,19 @@ class Ownership:
         self._shard = shard
         self._heard: dict[str, float] = {}
         self._forced: dict[str, float] = {}
+        self._unowned: dict[str, float] = {}  # engines of the store in no list: since when they have had no owner
 
     def heard(self, address: str, now: float) -> None:
         """A message of a listened engine came in here."""
+        self._heard.pop(address, None)
+        if len(self._heard) >= HEARD_MAX:
+            del self._heard[next(iter(self._heard))]
         self._heard[address] = now
+
+    def orphaned(self, unowned: Collection[str], now: float) -> set[str]:
+        """Which of the engines that are in no list and have no owner just now are nobody's."""
+        self._unowned = {address: self._unowned.get(address, now) for address in unowned}
+        return {address for address, since in self._unowned.items() if now - since >= ORPHANED_S}
 
     def hears(self, address: str, now: float) -> bool:
         return now - self._heard.get(address, float("-inf")) < HEARD_FRESH_S
@@ -64,7 +80,8 @@ class Ownership:
         live: Collection[str],
         now: float,
     ) -> dict[str, Move]:
-        """`wanted`: address -> whether its events are dialled. `leases`: who owns what. `live`: shards, this one too.
+        """`wanted`: address -> whether its events are dialled; orphans are not. `leases`: who owns what. `live`: the
+        shards, this one too.
 
         What is in `wanted` is never unowned for longer than its winner needs to see it.
         """

@@ -171,7 +171,7 @@ class Projection:
 
     def _parted(self, keys: Iterable[int]) -> list[tuple[int, list[int]]]:
         if self._partitions == 1:
-            return [(0, list(keys))]
+            return [(0, of_all)] if (of_all := list(keys)) else []
         parts: dict[int, list[int]] = {}
         for key in keys:
             parts.setdefault(key % self._partitions, []).append(key)

@@ -66,6 +66,7 @@ class EngineRecord(msgspec.Struct, frozen=True):
     rules: list[RuleRecord]
     stream: StreamRecord
     naming: NamingRecord
+    listened: bool = False  # it has made itself known: whether it is wanted is not for discovery to say
     labels: tuple[tuple[str, str], ...] = ()
 
     def view(self) -> EngineView:

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 HEDGE_AFTER = 0.5  # of the deadline
 OBSERVATIONS_QUEUED_MAX = 4096  # per shard; the newest is dropped and counted when full
 OPEN_MAX = 8192  # requests in flight that a new stream begins with; the oldest are left out
+OWN = "this router"  # among those who tell of loads
 ROUTER_METADATA = "kvatlas-router"
 SHARDS_MAX = 64
 RESOLVE_EVERY_S = 10.0
@@ -246,8 +247,12 @@ class IndexClient:
         return [s.fleet for s in self._shards.values() if s.fleet is not None]
 
     def loads(self) -> Mapping[EngineId, Load]:
-        """The latest load of each engine that any shard tells of: one mapping, which changes as they tell."""
+        """The latest load of each engine that anybody tells of: one mapping, which changes as they tell."""
         return self._loads.latest
+
+    def measured(self, engine: EngineId, load: Load) -> None:
+        """This router has scraped it itself. `Load()`: it does so no more."""
+        self._loads.told(OWN, [(engine, load)])
 
     async def changed(self) -> None:
         """Waits until `fleets` may have changed since the last call returned."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
-from kvatlas_router.core.cost import Cost, cost_of
+from kvatlas_router.core.cost import WEIGHTS, Ahead, Cost, Weights, cost_of
 from kvatlas_router.core.rates import PRIOR, Speed
 
 
@@ -60,7 +60,8 @@ class Candidate(NamedTuple):
     `known`: the index (or the history) can speak of it; then no `match` means it holds nothing. `block_size`: tokens in
     a block of `match`. `expected_blocks`: what it would hold once all that was sent there is computed. `pending`
     requests have no first token yet, `queued_tokens` are what their prompts have still to compute; `late_s`, how much
-    longer than expected the oldest takes. `caution`: 1, or more for an engine that is to be loaded slowly.
+    longer than expected the oldest takes. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: not known. `caution`: 1, or more
+    for an engine that is to be loaded slowly.
 
     A tuple, as `Term` is, because a choice makes one of each per engine.
     """
@@ -75,6 +76,8 @@ class Candidate(NamedTuple):
     decoding: int = 0
     late_s: float = 0.0
     last_used: float = float("-inf")
+    kv_usage: float = 0.0
+    kv_tokens: int = 0
     speed: Speed = PRIOR
     caution: float = 1.0
     suspect: bool = False
@@ -136,7 +139,13 @@ Rank = Callable[[Candidate, Term], object]
 
 
 def ordered(
-    candidates: Sequence[Candidate], prompt_tokens: int, reason: Reason, rank: Rank, *, answer_tokens: float = 0.0
+    candidates: Sequence[Candidate],
+    prompt_tokens: int,
+    reason: Reason,
+    rank: Rank,
+    *,
+    answer_tokens: float = 0.0,
+    weights: Weights = WEIGHTS,
 ) -> Choice:
     """The lowest rank first within each standing; of those that rank alike, the least recently used.
 
@@ -145,7 +154,7 @@ def ordered(
     ranked = []
     for number, candidate in enumerate(candidates):
         if candidate.view.health is not Health.DOWN:
-            term = term_of(candidate, prompt_tokens, answer_tokens)
+            term = term_of(candidate, prompt_tokens, answer_tokens, weights)
             ranked.append((term.standing, rank(candidate, term), candidate.last_used, number, term))
     if not ranked:
         raise NoEngine("no engine is up")
@@ -153,20 +162,25 @@ def ordered(
     return Choice(tuple(row[-1] for row in ranked), reason)
 
 
-def term_of(candidate: Candidate, prompt_tokens: int, answer_tokens: float) -> Term:
+def term_of(candidate: Candidate, prompt_tokens: int, answer_tokens: float, weights: Weights) -> Term:
     match, size = candidate.match, candidate.block_size
     blocks = match.blocks if match else 0
     held = min(max(candidate.expected_blocks, blocks) * size, prompt_tokens)
     transferred = () if match is None or len(match.media) == (Medium.GPU in match.media) else _slower(match, size)
     cost = cost_of(
         candidate.speed,
-        to_compute=prompt_tokens - held,
-        queued_tokens=candidate.queued_tokens,
-        pending=candidate.pending,
-        decoding=candidate.decoding,
-        late_s=candidate.late_s,
+        prompt_tokens - held,
+        Ahead(
+            candidate.queued_tokens,
+            candidate.pending,
+            candidate.decoding,
+            candidate.late_s,
+            candidate.kv_usage,
+            candidate.kv_tokens,
+        ),
         transferred=transferred,
         answer_tokens=answer_tokens,
+        weights=weights,
     )
     return Term(
         candidate.view,

@@ -145,6 +145,8 @@ class Chooser:
             decoding + foreign.running,
             ours.late_s,
             ours.last_used,
+            load.kv_usage,
+            view.kv_tokens or 0,
             speed,
             caution,
             suspect,

@@ -1,28 +1,42 @@
 """What a request would cost on an engine, in milliseconds: its own time to first token, and what it costs the others.
 
 Its own: the prompts queued ahead, its own uncached tokens at the engine's rate, cached tokens brought from slower
-media, and the steps of the requests that decode beside it. Engines compute prompts in the order in which they came, so
-a new request delays nobody's first token but those of requests still to come; what it costs the others is
+media, the steps of the requests that decode beside it, and, where the KV cache is full, the time until there is room.
 
-- `others_ms`: every request that decodes waits while a prompt is computed, and every step is longer by one more
-  decoding request from then on. Both are felt between tokens, not before the first, and weigh less: a second of theirs
-  is worth `DECODER` or `CROWD` of a second of ours. This is what makes a hot prefix spread before it hurts: the busier
-  its engine, the cheaper it is to compute the prefix once more elsewhere, after which there are two engines for it;
-- a share of the computing itself, `SPACE`: what is computed anew is kept anew, and pushes something out of the cache
-  that somebody may come back for.
+Engines compute prompts in the order in which they came, so a new request delays nobody's first token but those of
+requests still to come. What it costs the others, `others_ms`, is felt in three ways, each weighed by `Weights`:
+
+- every request that decodes waits while a prompt is computed (`decoder`), and from then on every step is longer by one
+  more decoding request, for them as for the new one (`crowd`);
+- the fuller the KV cache, the less there is for whoever comes next; the price rises without bound as room runs out
+  (`squeeze_s`). All this makes a hot prefix spread before it hurts: the busier its engine, the cheaper it is to compute
+  the prefix once more elsewhere, after which there are two engines for it;
+- what is computed anew is kept anew, and pushes something out that somebody may come back for (`space`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvatlas_common.words import Medium
-from kvatlas_router.core.rates import Speed
+from kvatlas_router.core.rates import CHUNK_TOKENS, Speed
 
-DECODER = 0.02
-CROWD = 0.01
-SPACE = 0.3
+FULL = 0.98  # of the KV cache: from here on a request waits for room
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a second of the others' is worth, against a second to the first token. Fitted on simulated fleets."""
+
+    decoder: float = 0.02
+    squeeze_s: float = 0.02
+    space: float = 0.3
+    crowd: float = 0.05
+
+
+WEIGHTS = Weights()
 
 
 class Cost(NamedTuple):
@@ -48,28 +62,46 @@ class Cost(NamedTuple):
         return " ".join(f"{name.removesuffix('_ms')}={value:.0f}ms" for name, value in named)
 
 
+class Ahead(NamedTuple):
+    """What is at an engine already. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: the size is not known."""
+
+    queued_tokens: int = 0
+    pending: int = 0
+    decoding: int = 0
+    late_s: float = 0.0
+    kv_usage: float = 0.0
+    kv_tokens: int = 0
+
+
+NOTHING = Ahead()
+
+
 def cost_of(
     speed: Speed,
-    *,
     to_compute: int,
-    queued_tokens: int = 0,
-    pending: int = 0,
-    decoding: int = 0,
-    late_s: float = 0.0,
+    ahead: Ahead = NOTHING,
+    *,
     transferred: Sequence[tuple[Medium, int]] = (),
     answer_tokens: float = 0.0,
+    weights: Weights = WEIGHTS,
 ) -> Cost:
     """`transferred`: cached tokens by medium. `answer_tokens`: how long answers are, on average."""
+    decoding = ahead.decoding
     own_s = to_compute * speed.token_s
-    transfer_s = sum(speed.transfer_s(medium) * tokens for medium, tokens in transferred)
     step_s = speed.step_s + decoding * speed.decode_s
-    others_s = (
-        DECODER * own_s * decoding + CROWD * answer_tokens * speed.decode_s * 2 * (decoding + pending) + SPACE * own_s
-    )
+    queue_s = speed.prefill_s(ahead.queued_tokens, decoding) + ahead.late_s
+    others_s = (weights.decoder * decoding + weights.space) * own_s
+    others_s += weights.crowd * answer_tokens * speed.decode_s * 2 * (decoding + ahead.pending)
+    if ahead.kv_tokens:
+        wanted = ahead.queued_tokens + to_compute + (ahead.pending + 1) * answer_tokens / 2
+        full = ahead.kv_usage + wanted / ahead.kv_tokens
+        others_s += weights.squeeze_s * min(full, FULL) / (1 - min(full, FULL))
+        if full > FULL:  # all that is in use becomes free within the time an answer takes
+            queue_s += (full - FULL) * answer_tokens * step_s
     return Cost(
-        queue_ms=1000 * (speed.prefill_s(queued_tokens, decoding) + late_s),
+        queue_ms=1000 * queue_s,
         compute_ms=1000 * (own_s + speed.overhead_s),
-        transfer_ms=1000 * transfer_s,
-        decode_ms=1000 * step_s * (0.5 + to_compute / 2048),
+        transfer_ms=1000 * sum(speed.transfer_s(medium) * tokens for medium, tokens in transferred),
+        decode_ms=1000 * step_s * (0.5 + to_compute / CHUNK_TOKENS),
         others_ms=1000 * others_s,
     )

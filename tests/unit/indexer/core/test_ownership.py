@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvatlas_indexer.core.ownership import FORCE_INTERVAL_S, HEARD_FRESH_S, Lease, Move, Ownership, winner
+from kvatlas_indexer.core import ownership as ownership_module
+from kvatlas_indexer.core.ownership import (
+    FORCE_INTERVAL_S,
+    HEARD_FRESH_S,
+    ORPHANED_S,
+    Lease,
+    Move,
+    Ownership,
+    winner,
+)
 
 E = "10.0.0.1:8000"
 LIVE = ("a", "b", "c")
@@ -47,6 +56,23 @@ def test_one_engine(shard: str, dialled: bool | None, heard: bool, lease: str | 
         now=100.0,
     )
     assert moves.get(E) is expected
+
+
+def test_an_engine_in_no_list_is_nobodys_after_a_while_without_an_owner() -> None:
+    ownership = Ownership("a")
+    assert ownership.orphaned({E}, 0.0) == set()
+    assert ownership.orphaned({E}, ORPHANED_S - 0.1) == set()
+    assert ownership.orphaned({E}, ORPHANED_S) == {E}
+    assert ownership.orphaned(set(), ORPHANED_S + 1) == set()  # somebody has taken it
+    assert ownership.orphaned({E}, ORPHANED_S + 2) == set()
+
+
+def test_names_heard_are_bounded_and_the_oldest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership_module, "HEARD_MAX", 2)
+    ownership = Ownership("a")
+    for name in ("x", "y", "x", "z"):
+        ownership.heard(name, 0.0)
+    assert [ownership.hears(name, 0.0) for name in ("x", "y", "z")] == [True, False, True]
 
 
 def test_an_engine_not_heard_for_a_while_is_not_taken_from_another_shard() -> None:

@@ -63,6 +63,18 @@ def test_only_what_was_touched_is_written_and_as_it_is_now() -> None:
     assert projection.waiting() == []
 
 
+def test_a_slot_without_blocks_is_no_write() -> None:
+    residency, projection = projected()
+    residency.store(A, 0, GPU, [1])
+    residency.remove(A, 0, GPU, [1])
+    residency.remove(A, 0, GPU, [])
+    projection.take(A)
+    projection.publish_again(A)
+    assert projection.whole([A]) == {A: []}
+    residency.remove(A, 0, GPU, [])
+    assert projection.take(A) == []
+
+
 def test_blocks_go_to_their_partitions() -> None:
     residency, projection = projected(partitions=4)
     residency.store(A, 0, GPU, range(100))

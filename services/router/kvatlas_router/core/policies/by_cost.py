@@ -12,31 +12,34 @@ import math
 from dataclasses import dataclass
 
 from kvatlas_router.core.choice import Candidate, Choice, Reason, Strategy, Term, ordered
+from kvatlas_router.core.cost import WEIGHTS, Weights
 from kvatlas_router.core.policies.base import Needs, Situation
 
 
 @dataclass(frozen=True, slots=True)
 class Precise:
     temperature_ms: float = 0.0
+    weights: Weights = WEIGHTS
     needs: Needs = Needs.INDEX
 
     def choose(self, situation: Situation) -> Choice | None:
         """None when nothing is known of any engine. One that is not known counts as empty."""
         if not any(candidate.known for candidate in situation.candidates):
             return None
-        return _by_cost(situation, Strategy.PRECISE, self.temperature_ms)
+        return _by_cost(situation, Strategy.PRECISE, self.temperature_ms, self.weights)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     temperature_ms: float = 0.0
+    weights: Weights = WEIGHTS
     needs: Needs = Needs.HISTORY
 
     def choose(self, situation: Situation) -> Choice | None:
-        return _by_cost(situation, Strategy.ESTIMATE, self.temperature_ms)
+        return _by_cost(situation, Strategy.ESTIMATE, self.temperature_ms, self.weights)
 
 
-def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) -> Choice:
+def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float, weights: Weights) -> Choice:
     def cost(candidate: Candidate, term: Term) -> int:
         return round(term.cost.total_ms * candidate.caution)
 
@@ -52,4 +55,5 @@ def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) ->
         Reason(strategy, situation.cause),
         rank,
         answer_tokens=situation.answer_tokens,
+        weights=weights,
     )
