@@ -12,7 +12,6 @@ blocks, the same tokens (a property test compares them). A coast ends where it m
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 
 from kvatlas_loadtest.block_pool import BlockPool
@@ -40,7 +39,6 @@ class Coast:
         self.tokens = 0
         self.finished = 0
         self.decoding = len(running)
-        self.context = 0  # tokens the decoded requests attend to in the last step done
         self._running = running
         self._pool = pool
         self._size = block_size
@@ -48,31 +46,26 @@ class Coast:
         self._watched = watched
         self._queue = queue
         self._over = False
-        self._started: dict[EngineRequest, int] = {}  # tokens computed when the coast began
-        self._growing: dict[int, list[tuple[int, EngineRequest]]] = defaultdict(list)  # by step, modulo the block size
-        self._filling: dict[int, list[tuple[int, EngineRequest]]] = defaultdict(list)
-        self._ending: dict[int, list[EngineRequest]] = defaultdict(list)
-        for place, request in enumerate(running):
-            computed = request.computed
-            self.context += computed
-            self._started[request] = computed
-            self._growing[(1 - computed) % block_size].append((place, request))
-            self._filling[-computed % block_size].append((place, request))
-            self._ending[request.max_tokens - len(request.tokens) + len(request.prompt)].append(request)
-
-    @property
-    def steps_to_end(self) -> int:
-        """Steps until the next request finishes."""
-        return min(self._ending, default=self.steps) - self.steps
+        self._started = {request: request.computed for request in running}  # tokens computed when the coast began
+        # tokens the decoded requests attend to in the last step done
+        self.context = sum(self._started.values())
+        self._by_phase: dict[int, list[EngineRequest]] = {}  # by how many tokens of a block they had
+        for request, computed in self._started.items():
+            phase = computed % block_size
+            if phase in self._by_phase:
+                self._by_phase[phase].append(request)
+            else:
+                self._by_phase[phase] = [request]
+        self._first_end = self._next_end()
 
     def can_step(self) -> bool:
         if self._over or not self._running:
             return False
-        at = (self.steps + 1) % self._size
-        if len(self._growing.get(at, ())) > self._pool.free_blocks:
+        step = self.steps + 1
+        if len(self._by_phase.get((1 - step) % self._size, ())) > self._pool.free_blocks:
             return False
         if self._watched:
-            for _, request in self._filling.get(at, ()):
+            for request in self._by_phase.get(-step % self._size, ()):
                 self._sample_up_to(request, self._started[request] + self.steps + 1)
                 if request.hashes[request.named] in self._watched:
                     return False
@@ -83,21 +76,23 @@ class Coast:
         self.steps += 1
         self.tokens += self.decoding
         self.context += self.decoding
-        at = self.steps % self._size
-        growing, filling = self._growing.get(at), self._filling.get(at)
+        growing = self._by_phase.get((1 - self.steps) % self._size)
+        filling = self._by_phase.get(-self.steps % self._size)
         if growing and filling:
-            both = [(place, False, request) for place, request in growing]
-            both += [(place, True, request) for place, request in filling]
-            for _, full, request in sorted(both, key=lambda each: each[:2]):
-                self._fill(request) if full else self._grow(request)
+            fill = set(filling)
+            grow = set(growing)
+            for request in self._running:
+                if request in grow:
+                    self._grow(request)
+                if request in fill:
+                    self._fill(request)
         elif growing:
-            for _, request in growing:
+            for request in growing:
                 self._grow(request)
         elif filling:
-            for _, request in filling:
+            for request in filling:
                 self._fill(request)
-        ending = self._ending.pop(self.steps, None)
-        return self._end(ending) if ending else ()
+        return self._end() if self.steps == self._first_end else ()
 
     def settle(self) -> None:
         """Writes back where the requests stand. The coast is of no use afterwards."""
@@ -115,19 +110,24 @@ class Coast:
         self._store(request, request.named + 1)
 
     def _sample_up_to(self, request: EngineRequest, tokens: int) -> None:
-        made = len(request.tokens) - len(request.prompt)
-        more = tokens - len(request.tokens)
-        if more > 0:
-            request.tokens.extend(map(request.sample, range(made, made + more)))
-            request.name_new_blocks(self._size)
+        listed = request.tokens
+        before = len(listed)
+        if tokens > before:
+            made = before - len(request.prompt)
+            listed.extend(map(request.sample, range(made, made + tokens - before)))
+            if tokens // self._size > len(request.hashes):
+                request.name_new_blocks(self._size)
 
-    def _end(self, ending: Sequence[EngineRequest]) -> Sequence[EngineRequest]:
+    def _next_end(self) -> int:
+        """The step at which the next request finishes; 0 when there is none."""
+        return min((r.max_tokens + len(r.prompt) - started - 1 for r, started in self._started.items()), default=0)
+
+    def _end(self) -> Sequence[EngineRequest]:
         """As the scheduler completes them: in its order, their blocks released one request after the other."""
+        ending = [r for r, started in self._started.items() if r.max_tokens + len(r.prompt) - started - 1 == self.steps]
         for request in ending:
             started = self._started.pop(request)
-            for boundary, first in ((self._growing, 1), (self._filling, 0)):
-                at = (first - started) % self._size
-                boundary[at] = [each for each in boundary[at] if each[1] is not request]
+            self._by_phase[started % self._size].remove(request)
             request.computed = started + self.steps
             self._sample_up_to(request, request.computed + 1)
             request.stopped = request.gone = True
@@ -137,5 +137,6 @@ class Coast:
             self._running.remove(request)
         self.finished += len(ending)
         self.decoding -= len(ending)
+        self._first_end = self._next_end()
         self._over = self._queue
         return ending

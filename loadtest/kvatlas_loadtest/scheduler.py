@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvatlas_loadtest.block_pool import BlockPool, PoolVersion
 from kvatlas_loadtest.coasting import Coast
@@ -80,8 +81,7 @@ class Step:
     work: StepWork
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """One token of one request; `finish_reason` (`stop` or `length`) when it is its last."""
 
     request: EngineRequest
@@ -120,6 +120,8 @@ class EngineCore:
         self._waiting: deque[EngineRequest] = deque()
         self._running: list[EngineRequest] = []
         self._coast: Coast | None = None
+        self._all_decode = False  # every running request has computed all of its tokens but the last
+        self._has_stops = False  # some request may end before its `max_tokens`
 
     @property
     def running(self) -> int:
@@ -148,6 +150,7 @@ class EngineCore:
                 f"at least one of each, and {self.limits.longest} together, are possible"
             )
         request.name_new_blocks(self.limits.block_size)
+        self._has_stops = self._has_stops or bool(request.stop_ids)
         if not self._waiting:
             self._land()  # it might be admitted with the next step
         self._waiting.append(request)
@@ -171,6 +174,7 @@ class EngineCore:
     def schedule(self) -> Step | None:
         """The next step; None when there is nothing to compute."""
         self._land()
+        self._all_decode = False
         scheduled, budget, preempted = self._schedule_running(self.limits.max_num_batched_tokens)
         if not preempted:
             scheduled += self._admit(budget)
@@ -179,15 +183,20 @@ class EngineCore:
     def complete(self, step: Step) -> StepResult:
         """The step has been computed: its tokens are sampled, its events come out."""
         sampled: list[Sampled] = []
+        everybody = len(step.scheduled) == len(self._running)
         for request, _ in step.scheduled:
-            if request.gone or request.computed < len(request.tokens):
-                continue  # aborted meanwhile, or a chunk of a longer prompt
+            if request.gone:
+                continue  # aborted meanwhile
+            if request.computed < len(request.tokens):
+                everybody = False  # a chunk of a longer prompt
+                continue
             if not request.stopped:
                 sampled.append(self._sample(request))
             if request.stopped and (not self.limits.computes_last_token or request.computed == len(request.tokens)):
                 self._running.remove(request)
                 self.counters.finished += 1
                 self._retire(request)
+        self._all_decode = everybody
         return StepResult(sampled, self.take_events())
 
     def coast(self) -> Coast | None:
@@ -199,7 +208,11 @@ class EngineCore:
             if self._coast.can_step():
                 return self._coast
             self._land()
-        if not self._only_decodes() or (self._waiting and not self._head_is_stuck()):
+        if not self._all_decode or self._has_stops or self.limits.computes_last_token:
+            return None
+        if not 0 < len(self._running) < self.limits.max_num_batched_tokens:
+            return None
+        if self._waiting and not self._head_is_stuck():
             return None
         head = self._waiting[0] if self._waiting else None
         watched = frozenset(head.hashes) if head else frozenset()
@@ -210,11 +223,6 @@ class EngineCore:
             return None
         self._coast = coast
         return coast
-
-    def _only_decodes(self) -> bool:
-        if self.limits.computes_last_token or not 0 < len(self._running) < self.limits.max_num_batched_tokens:
-            return False
-        return all(request.is_decoding and not request.stop_ids for request in self._running)
 
     def _head_is_stuck(self) -> bool:
         """Whether the first that waits cannot be admitted until somebody finishes, or a block it would hit appears."""
@@ -242,10 +250,16 @@ class EngineCore:
     def _schedule_running(self, budget: int) -> tuple[list[tuple[EngineRequest, int]], int, bool]:
         scheduled: list[tuple[EngineRequest, int]] = []
         preempted = False
-        index = 0
+        index, last = 0, self.limits.block_size - 1
         while index < len(self._running) and budget > 0:
             request = self._running[index]
             count = min(len(request.tokens) - request.computed, budget)
+            if count == 1 and 0 < request.computed % (last + 1) < last:  # within a block: nothing to take or to name
+                request.computed += 1
+                scheduled.append((request, 1))
+                budget -= 1
+                index += 1
+                continue
             while not self._grow(request, count):
                 victim = self._running.pop()
                 self._preempt(victim)
@@ -319,12 +333,17 @@ class EngineCore:
         request.named = full
 
     def _sample(self, request: EngineRequest) -> Sampled:
-        made = len(request.tokens) - len(request.prompt)
+        tokens = request.tokens
+        made = len(tokens) - len(request.prompt)
         token_id = request.sample(made)
-        request.tokens.append(token_id)
-        request.name_new_blocks(self.limits.block_size)
+        tokens.append(token_id)
+        if len(tokens) % self.limits.block_size == 0:
+            request.name_new_blocks(self.limits.block_size)
         self.counters.generated_tokens += 1
-        reason = "stop" if token_id in request.stop_ids else "length" if made + 1 >= request.max_tokens else None
+        if request.stop_ids and token_id in request.stop_ids:
+            reason: str | None = "stop"
+        else:
+            reason = "length" if made + 1 >= request.max_tokens else None
         request.stopped = reason is not None
         return Sampled(request, token_id, reason)
 

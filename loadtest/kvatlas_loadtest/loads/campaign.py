@@ -16,7 +16,8 @@ from kvatlas_loadtest.loads.checks import PERFECT, STALE
 from kvatlas_loadtest.loads.figures import Figures, figures
 from kvatlas_loadtest.loads.outcomes import to_json
 from kvatlas_loadtest.loads.report import REFERENCE
-from kvatlas_loadtest.loads.simulation import Settings, Simulation
+from kvatlas_loadtest.loads.settings import Settings
+from kvatlas_loadtest.loads.simulation import Simulation
 from kvatlas_loadtest.loads.workloads import workload
 
 VARIED = (REFERENCE, "hot-prefix", "bursts")

@@ -152,23 +152,23 @@ class ByRule:
     """A baseline. An engine that has just failed a request goes last, as with the router itself."""
 
     def __init__(self, rule: Rule, chance: Chance) -> None:
-        self._rule = rule
+        self.rule = rule
         self._chance = chance
         self._suspect_until: dict[EngineId, float] = {}
 
     @property
     def needs_events(self) -> bool:
-        return self._rule.needs_index
+        return self.rule.needs_index
 
     def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
         if not known.views:
             return None
-        matches = known.held().matches if self._rule.needs_index else ()
+        matches = known.held().matches if self.rule.needs_index else ()
         cached = {match.engine: match.blocks * asked.block_size for match in matches}
         seen = [_seen(view.id, known, cached.get(view.id, 0)) for view in known.views]
-        ranked = self._rule.rank(asked, seen, self._chance)
+        ranked = self.rule.rank(asked, seen, self._chance)
         ranked.sort(key=lambda engine: now < self._suspect_until.get(engine, 0.0))
-        return Decision(ranked, type(self._rule).__name__, cached)
+        return Decision(ranked, type(self.rule).__name__, cached)
 
     def sent(self, decision: Decision, engine: EngineId, now: float) -> Sent:
         return _NOTHING_KEPT

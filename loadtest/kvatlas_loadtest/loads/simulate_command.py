@@ -22,7 +22,7 @@ from kvatlas_loadtest.loads.figures import Figures
 from kvatlas_loadtest.loads.publish import publish
 from kvatlas_loadtest.loads.report import REFERENCE
 from kvatlas_loadtest.loads.routing import POLICIES, decider
-from kvatlas_loadtest.loads.simulation import Crash, Settings
+from kvatlas_loadtest.loads.settings import Crash, Settings
 from kvatlas_loadtest.loads.workloads import WORKLOADS, workload
 
 EPILOG = f"""workloads: {", ".join(WORKLOADS)}, or trace:FILE (Mooncake's JSONL)
