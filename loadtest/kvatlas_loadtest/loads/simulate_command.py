@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import re
+import resource
 import shlex
 import sys
 import time
@@ -99,7 +100,7 @@ def _execute(args: argparse.Namespace, console: Console) -> int:
     runs = [found[job] for job in wanted if job in found]
     told = (
         f"{len(runs)} of {len(wanted)} runs, {sum(r.requests for r in runs):,} requests in virtual time, "
-        f"in {time.monotonic() - began:.0f} s"
+        f"in {time.monotonic() - began:.0f} s, {_cpu_s():.0f} CPU seconds"
     )
     facts = {
         "command": shlex.join(["python", "-m", "kvatlas_loadtest.loads", *sys.argv[1:]]),
@@ -130,6 +131,12 @@ def _run(wanted: Sequence[Job], processes: int, *, quiet: bool) -> dict[Job, Fig
             found[job] = figures
             progress.update(task, advance=1, description=f"{job.workload}, {job.policy}, seed {job.settings.seed}")
     return found
+
+
+def _cpu_s() -> float:
+    """Of the processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _scales(names: Sequence[str], scale: float) -> dict[str, float]:
