@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from kvatlas_loadtest.baselines.grids import GRIDS
 from kvatlas_loadtest.loads.campaign import Job, jobs, run
 from kvatlas_loadtest.loads.document import Document, surroundings
 from kvatlas_loadtest.loads.figures import Figures
@@ -65,6 +66,7 @@ def add_to(commands: Any) -> None:
     add("--policy", default="precise,random", metavar="NAMES", help="comma-separated, or all (default: %(default)s)")
     add("--seeds", default="1", metavar="N,N", help="figures are medians over them (default: %(default)s)")
     add("--scale", type=float, default=1.0, help="share of each load that is run, above 0 to 1 (default: 1)")
+    add("--grid", action="store_true", help="also a few settings of each baseline, of which the best is compared")
     add("--variants", action="store_true", help="also precise with perfect, and with four routers' late knowledge")
     add("--processes", type=int, default=os.cpu_count() or 1, metavar="N", help="(default: one per core)")
     add("--rows", type=Path, metavar="FILE", help="write what must hold, as JSON")
@@ -87,7 +89,8 @@ def _fleet_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _execute(args: argparse.Namespace, console: Console) -> int:
-    policies = POLICIES if args.policy == "all" else args.policy.split(",")
+    named = POLICIES if args.policy == "all" else args.policy.split(",")
+    policies = [setting for policy in named for setting in (GRIDS.get(policy, (policy,)) if args.grid else (policy,))]
     for policy in policies:
         decider(policy, lambda: 0.0)  # a wrong name shows before an hour has passed
     scales = _scales(list(WORKLOADS) if args.workload == "all" else args.workload.split(","), args.scale)
