@@ -8,10 +8,11 @@ dark ground.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 from matplotlib.axes import Axes
 from matplotlib.axis import XAxis, YAxis
@@ -69,14 +70,16 @@ class Plot:
     dark: bytes
 
 
+_Draw: TypeAlias = Callable[[Axes, Ground], None]
+
+
 @dataclass(frozen=True, slots=True)
 class _Drawing:
-    """`draw(axes, workload, ground)`, one panel per workload in `workloads`. `keyed`: with a legend of policies."""
+    """`panels` by their titles. `keyed`: with a legend of policies."""
 
     title: str
     text: str
-    workloads: Sequence[str]
-    draw: Callable[[Axes, str, Ground], None]
+    panels: Mapping[str, _Draw]
     height_in: float
     keyed: bool = True
 
@@ -84,86 +87,82 @@ class _Drawing:
 def plots(comparison: Comparison) -> Iterator[Plot]:
     """Those for which there is something to show."""
     for drawing in _drawings(comparison):
-        if drawing.workloads:
+        if drawing.panels:
             light, dark = (_png(drawing, comparison.policies, ground) for ground in (LIGHT, DARK))
             yield Plot(drawing.title, drawing.text, light, dark)
 
 
 def _drawings(comparison: Comparison) -> list[_Drawing]:
-    everywhere, bars_in = comparison.workloads, 0.55 + 0.21 * len(comparison.policies)
+    everywhere, rows_in = comparison.workloads, 0.55 + 0.21 * len(comparison.policies)
     stepped = [w for w in everywhere if any(map(_of_many_rates, _runs(comparison, w)))]
     queued = [w for w in everywhere if any(f.queue for f in _runs(comparison, w))]
 
-    def bars(measure: Measure) -> Callable[[Axes, str, Ground], None]:
-        return lambda axes, workload, ground: _bars(axes, ground, comparison, workload, measure)
+    def bars(measure: Measure) -> dict[str, _Draw]:
+        return {w: partial(_bars, comparison=comparison, workload=w, measure=measure) for w in everywhere}
 
-    def lines(draw: Callable[[Axes, Comparison, str], None]) -> Callable[[Axes, str, Ground], None]:
-        return lambda axes, workload, ground: draw(axes, comparison, workload)
+    def each(draw: Callable[..., None], workloads: Sequence[str]) -> dict[str, _Draw]:
+        return {w: partial(draw, comparison=comparison, workload=w) for w in workloads}
 
     return [
         _Drawing(
             "P90 time to first token",
             "Median over seeds; the line shows the least and the most. Further left is better (logarithmic).",
-            everywhere,
             bars(TTFT_P90),
-            bars_in,
+            rows_in,
             keyed=False,
         ),
         _Drawing(
             "Time to first token over offered load",
-            "P90 of the requests that came while so many a second did.",
-            stepped,
-            lines(_over_rate),
+            "Percentiles of the requests that came while so many a second did.",
+            {
+                f"{w}, P{share}": partial(_over_rate, comparison=comparison, workload=w, share=share)
+                for w in stepped
+                for share in (50, 90, 99)
+            },
             3.0,
         ),
         _Drawing(
             "How many had their first token by when",
             "Share of requests with a first token after at most so many seconds. Further left is better.",
-            everywhere,
-            lines(_cdf),
+            each(_cdf, everywhere),
             2.7,
         ),
         _Drawing(
             "Queues over time",
             "Requests waiting for their first token, mean over the engines, of the first seed.",
-            queued,
-            lines(_queues),
+            each(_queues, queued),
             2.7,
         ),
         _Drawing(
             "Balance of the engines",
             "Requests an engine has, waiting or running, averaged over time: from the least to the most loaded engine; "
-            "a tick is one engine, 1 the mean.",
-            everywhere,
-            lambda axes, workload, ground: _balance(axes, ground, comparison, workload),
-            bars_in,
+            "a tick is one engine, 1 the mean. Of the first seed.",
+            each(_balance, everywhere),
+            rows_in,
             keyed=False,
         ),
         _Drawing(
             "Cached share of prompt tokens",
             "Dotted: what one infinite cache of the whole fleet would have served.",
-            everywhere,
             bars(CACHED),
-            bars_in,
+            rows_in,
             keyed=False,
         ),
-        _Drawing(
-            "Output tokens per second", "Of all engines together.", everywhere, bars(OUTPUT), bars_in, keyed=False
-        ),
+        _Drawing("Output tokens per second", "Of all engines together.", bars(OUTPUT), rows_in, keyed=False),
     ]
 
 
 def _png(drawing: _Drawing, policies: Sequence[str], ground: Ground) -> bytes:
-    across = min(ACROSS, len(drawing.workloads))
-    down = -(-len(drawing.workloads) // across)
+    across = min(ACROSS, len(drawing.panels))
+    down = -(-len(drawing.panels) // across)
     legend_in = 0.25 + 0.22 * -(-len(policies) // 6) if drawing.keyed else 0.0
     figure = Figure((WIDTH_IN, down * drawing.height_in + legend_in), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.set_facecolor(ground.paper)
-    for number, workload in enumerate(drawing.workloads, 1):
+    for number, (title, draw) in enumerate(drawing.panels.items(), 1):
         axes = figure.add_subplot(down, across, number)
-        drawing.draw(axes, workload, ground)
-        axes.set_title(workload, fontsize=9, fontweight="bold", loc="left", color=ground.ink)
+        draw(axes, ground)
+        axes.set_title(title, fontsize=9, fontweight="bold", loc="left", color=ground.ink)
         _dress(axes, ground)
     if drawing.keyed:
         keys = [Line2D([], [], label=policy, **_line(policy, policies)) for policy in policies]
@@ -246,13 +245,13 @@ def _logarithmic(axis: XAxis | YAxis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _over_rate(axes: Axes, comparison: Comparison, workload: str) -> None:
+def _over_rate(axes: Axes, ground: Ground, comparison: Comparison, workload: str, share: int) -> None:
     for policy in _drawn_last(comparison.policies):
-        points = _rates(comparison.cell(policy, workload))
+        points = _rates(comparison.cell(policy, workload), f"p{share}")
         axes.plot(*zip(*points, strict=True), **_line(policy, comparison.policies)) if points else None
     _logarithmic(axes.yaxis)
     axes.set_xlabel("requests per second")
-    axes.set_ylabel("P90 TTFT, s")
+    axes.set_ylabel(f"P{share} TTFT, s")
     axes.set_xlim(left=0)
 
 
@@ -261,17 +260,20 @@ def _of_many_rates(run: Figures) -> bool:
     return len(rates) > 2 and max(rates) > RATES_APART * min(rates)
 
 
-def _rates(runs: Sequence[Figures]) -> list[tuple[float, float]]:
-    """(rate, P90), the median over seeds at each rate."""
+def _rates(runs: Sequence[Figures], percentile: str) -> list[tuple[float, float]]:
+    """(rate, time), medians over seeds at each rate."""
     at: dict[int, list[tuple[float, Spread]]] = {}
     for run in runs:
         for point in run.rates:
             if point.ttft is not None:
                 at.setdefault(point.step, []).append((point.per_s, point.ttft))
-    return [(median(rate for rate, _ in p), median(spread.p90 for _, spread in p)) for _, p in sorted(at.items())]
+    return [
+        (median(rate for rate, _ in p), median(getattr(spread, percentile) for _, spread in p))
+        for _, p in sorted(at.items())
+    ]
 
 
-def _cdf(axes: Axes, comparison: Comparison, workload: str) -> None:
+def _cdf(axes: Axes, ground: Ground, comparison: Comparison, workload: str) -> None:
     for policy in _drawn_last(comparison.policies):
         runs = [run.ttft_quantiles for run in comparison.cell(policy, workload) if run.ttft_quantiles]
         if runs:
@@ -284,7 +286,7 @@ def _cdf(axes: Axes, comparison: Comparison, workload: str) -> None:
     axes.set_ylabel("of requests")
 
 
-def _queues(axes: Axes, comparison: Comparison, workload: str) -> None:
+def _queues(axes: Axes, ground: Ground, comparison: Comparison, workload: str) -> None:
     for policy in _drawn_last(comparison.policies):
         runs = comparison.cell(policy, workload)
         if runs:
