@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -92,7 +89,6 @@ def _options(parser: argparse.ArgumentParser) -> None:
     add("--lost-share", type=float, default=0.0, help="share of event messages that are lost (default: 0)")
     add("--no-replay", action="store_true", help="engines cannot be asked for lost messages")
     add("--crash", action="append", default=[], metavar="ENGINE@FROM-TO", help="seconds; may be given several times")
-    add("--jobs", type=int, default=1, help="runs at a time, each in a process of its own (default: 1)")
     add("--json", type=Path, metavar="FILE", help="write figures and all runs there")
     add("--quiet", action="store_true", help="no progress")
 
@@ -104,79 +100,53 @@ def _simulate(args: argparse.Namespace, console: Console) -> int:
     settings = _settings(args)
     for policy in policies:
         decider(policy, lambda: 0.0)  # a wrong name shows before an hour has passed
-    began = time.monotonic()
-    wanted_runs = [
-        _Wanted(name, policy, variant, replace(settings, seed=seed), args.scale)
-        for name in wanted
-        for policy in policies
-        for variant in (GRIDS.get(policy, (policy,)) if args.grid else (policy,))
-        for seed in seeds
-    ]
-    runs = _run_all(wanted_runs, args.jobs, None if args.quiet else console)
-    spent, requests = time.monotonic() - began, sum(len(run.outcomes) for run in runs)
-    lines = _lines(wanted_runs, runs)
+    runs: list[Run] = []
+    lines: list[Figures] = []
+    began, cpu = time.monotonic(), time.process_time()
+    with Status("", console=console) as status:
+        for name in wanted:
+            for policy in policies:
+                tried: list[Figures] = []
+                for variant in GRIDS.get(policy, (policy,)) if args.grid else (policy,):
+                    told = None if args.quiet else status
+                    of_policy = list(_runs(name, variant, seeds, args.scale, settings=settings, status=told))
+                    tried.append(medians([figures(run) for run in of_policy]))
+                    runs += of_policy
+                lines.append(tried[0])
+                best = min(tried, key=lambda line: line.ttft_p90_s)
+                if best is not tried[0]:
+                    lines.append(best)
+    requests = sum(len(run.outcomes) for run in runs)
+    spent, cpu = time.monotonic() - began, time.process_time() - cpu
     Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH).print(_table(lines))
-    console.print(f"{requests} requests in {spent:.1f} s, {requests / spent:.0f} a second")
+    console.print(
+        f"{requests} requests in {spent:.1f} s ({requests / spent:.0f}/s; {requests / cpu:.0f} per CPU second)"
+    )
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_bytes(msgspec.json.encode({"figures": lines, "runs": runs}, order="deterministic"))
     return 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """One run. `variant`: the policy with its parameters."""
+def _runs(
+    name: str, policy: str, seeds: Sequence[int], scale: float, *, settings: Settings, status: Status | None
+) -> Iterator[Run]:
+    for seed in seeds:
+        arrivals = workload(name, seed, scale)
 
-    workload: str
-    policy: str
-    variant: str
-    settings: Settings
-    scale: float
+        def tell(done: int, of: int, seed: int = seed) -> None:
+            if status is not None:
+                status.update(f"{name}, {policy}, seed {seed}: {done} of {of} requests")
 
-    def run(self, tell: Callable[[int, int], None] | None = None) -> Run:
-        arrivals = workload(self.workload, self.settings.seed, self.scale)
-        return Simulation(self.workload, arrivals, self.variant, self.settings, on_progress=tell).run()
-
-
-def _run_all(wanted: Sequence[_Wanted], jobs: int, console: Console | None) -> list[Run]:
-    """In the order in which they are wanted, whatever the number of processes."""
-    with Status("", console=console or Console(quiet=True)) as status:
-        if jobs == 1:
-            return [
-                one.run(partial(_tell, status, one, f"run {n + 1} of {len(wanted)}")) for n, one in enumerate(wanted)
-            ]
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=context) as processes:
-            runs: list[Run] = []
-            for run in processes.map(_Wanted.run, wanted):
-                runs.append(run)
-                status.update(f"{len(runs)} of {len(wanted)} runs")
-            return runs
-
-
-def _tell(status: Status, one: _Wanted, run: str, done: int, of: int) -> None:
-    status.update(f"{run}: {one.workload}, {one.variant}, seed {one.settings.seed}: {done} of {of} requests")
-
-
-def _lines(wanted: Sequence[_Wanted], runs: Sequence[Run]) -> list[Figures]:
-    """Of each policy its default, and the best of its grid by p90 where that is another."""
-    by_policy: dict[tuple[str, str], dict[str, list[Figures]]] = {}
-    for one, run in zip(wanted, runs, strict=True):
-        variants = by_policy.setdefault((one.workload, one.policy), {})
-        variants.setdefault(one.variant, []).append(figures(run))
-    lines: list[Figures] = []
-    for variants in by_policy.values():
-        default, *others = [medians(of_seeds) for of_seeds in variants.values()]
-        best = min((default, *others), key=lambda line: line.ttft_p90_s)
-        lines += [default] if best is default else [default, best]
-    return lines
+        tell(0, len(arrivals))
+        yield Simulation(name, arrivals, policy, replace(settings, seed=seed), on_progress=tell).run()
 
 
 def _settings(args: argparse.Namespace) -> Settings:
     if not 0 < args.scale <= 1:
         raise ValueError(f"--scale {args.scale} is not above 0 and at most 1")
-    if min(args.engines, args.routers, args.jobs) < 1:
-        raise ValueError("at least one engine, one router and one job are needed")
+    if args.engines < 1 or args.routers < 1:
+        raise ValueError("at least one engine and one router are needed")
     if args.scrape_ms <= 0 or min(args.event_delay_ms, args.share_ms) < 0 or not 0 <= args.lost_share <= 1:
         raise ValueError("--scrape-ms is above 0, other times are not below 0, --lost-share is within 0..1")
     return Settings(
