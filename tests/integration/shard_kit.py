@@ -41,7 +41,7 @@ Truth = Callable[[SimulatedEngine], Mapping[int, int]]
 
 
 def config(number: int, **options: Any) -> EngineConfig:
-    return EngineConfig(seed=number, time_model=NO_TIME, **{"limits": SMALL, **options})
+    return EngineConfig(seed=number, **{"limits": SMALL, "time_model": NO_TIME, **options})
 
 
 def spec(engine: SimulatedEngine, *, dialled: bool = True) -> EngineSpec:

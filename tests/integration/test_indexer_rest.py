@@ -17,6 +17,7 @@ from kvatlas_common.blocks.extras import Lora, PromptExtras
 from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health, InFlight, Load, Sync
+from kvatlas_common.history import ESTIMATE_PROFILE
 from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
 from kvatlas_common.words import KEY_MASK, EngineId, Medium
 from kvatlas_indexer.adapters.addresses import AddressUnavailable
@@ -148,6 +149,7 @@ async def test_engines_with_all_that_is_known(client: Client) -> None:
         "inexact_reason": "",
         "max_model_len": None,
         "kv_tokens": 65_536,
+        "labels": {},
         "blocks": {"gpu": 7, "cpu": 2},
     }
     assert (unknown["id"], unknown["blocks"], unknown["load"]["scraped_at"]) == ("10.0.0.1:8000/dp1", None, None)
@@ -217,8 +219,16 @@ async def test_a_match_of_keys_as_numbers_and_strings(client: Client) -> None:
                     "media": {"gpu": 2, "cpu": 1},
                     "exact": False,
                     "doubtful": 2,
+                    "expected": 5,
                 },
-                {"engine": "10.0.0.1:8000", "blocks": 1, "media": {"gpu": 1}, "exact": True, "doubtful": 0},
+                {
+                    "engine": "10.0.0.1:8000",
+                    "blocks": 1,
+                    "media": {"gpu": 1},
+                    "exact": True,
+                    "doubtful": 0,
+                    "expected": 1,
+                },
             ],
             "unknown": ["10.0.0.1:8000/dp1"],
         },
@@ -240,6 +250,13 @@ async def test_token_ids_are_hashed_by_every_profile_of_the_model(client: Client
     assert salted == {name: keys_of(name, PromptExtras(cache_salt="s")) for name in (NEW, OLD)}
     assert plain == {OLD: keys_of(OLD, PromptExtras())}
     assert adapted == {NEW: keys_of(NEW, PromptExtras(Lora("sql", 1, "/adapters/sql")))}
+
+
+async def test_an_estimate_is_asked_with_the_keys_of_engines_whose_profile_is_not_known_too(client: Client) -> None:
+    assert (await client.match(model="m", token_ids=TOKENS * 2, estimate=True))[0] == 200
+    assert client.index.estimated
+    (asked,) = client.index.asked
+    assert {name: len(keys) for name, keys in asked[1].items()} == {NEW: 6, ESTIMATE_PROFILE.name: 1}
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,16 @@ An engine is taken for an LRU of block keys that keeps what it was sent, up to i
 prompt's keys are touched deepest first, as an engine frees them: what has to go, by age or for room, goes tail first.
 So whenever a block is kept, all those before it are.
 
+Keys chain: where two prompts have the same key, they are the same up to there. So what an engine was sent is a tree,
+and blocks that were always sent together are one node of it, a *run*: a prompt touches a few runs, however long it is,
+whether two runs are the same is seen at their ends, and a kept block takes 8 bytes.
+
 `now` never goes back; one that does counts as the latest seen.
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -26,44 +31,159 @@ class RoutingHistory:
     def __init__(self, *, lifetime_s: float, blocks_max: int) -> None:
         self._lifetime_s = lifetime_s
         self._blocks_max = blocks_max
-        self._engines: dict[EngineId, OrderedDict[int, float]] = {}  # key -> when last sent, the longest ago first
+        self._engines: dict[EngineId, _Sent] = {}
         self._latest = 0.0
 
     def __len__(self) -> int:
         """Blocks of all engines, those whose lifetime is over included until they are come across."""
-        return sum(map(len, self._engines.values()))
+        return sum(sent.blocks for sent in self._engines.values())
 
     def note(self, engine: EngineId, keys: Sequence[int], now: float, capacity: int | None = None) -> None:
         """A prompt was sent to `engine`. `keys`: uint64[n], first block first; `capacity`: of the engine, in blocks."""
         now = self._latest = max(now, self._latest)
-        held = self._engines.setdefault(engine, OrderedDict())
         most = self._blocks_max if capacity is None else capacity
-        touch = held.move_to_end
-        for key in reversed(keys[:most]):
-            held[key] = now
-            touch(key)
-        for _ in range(len(held) - most):
-            held.popitem(last=False)
-        self._expire(held, now)
+        sent = self._engines.get(engine)
+        if sent is None:
+            sent = self._engines[engine] = _Sent()
+        sent.touch(keys[:most], now)
+        sent.drop(sent.blocks - most)
+        sent.expire(now - self._lifetime_s)
 
     def leading(self, keys: Sequence[int], now: float) -> dict[EngineId, int]:
         """How many leading blocks of the prompt each engine should hold; only engines that should hold any."""
-        if not keys:
+        if len(keys) == 0:
             return {}
         now = self._latest = max(now, self._latest)
-        first, deepest_first, total = keys[0], keys[::-1], len(keys)
-        found = {}
-        for engine, held in self._engines.items():
-            self._expire(held, now)
-            if first in held:
-                found[engine] = total - bisect_left(deepest_first, True, key=held.__contains__)
+        horizon, first, known, found = now - self._lifetime_s, keys[0], frozenset(keys), {}
+        for engine, sent in self._engines.items():
+            if sent.oldest < horizon:
+                sent.expire(horizon)
+            if (run := sent.root.next.get(first)) is not None:
+                found[engine] = _leading(run, keys, known)
         return found
 
     def forget(self, engine: EngineId) -> None:
         """Its cache was cleared, or it left."""
         self._engines.pop(engine, None)
 
-    def _expire(self, held: OrderedDict[int, float], now: float) -> None:
-        horizon = now - self._lifetime_s
-        while held and next(iter(held.values())) < horizon:
-            held.popitem(last=False)
+
+class _Run:
+    """Blocks that follow each other and were last sent at the same time; `follows` is what comes before them.
+
+    `keys` are the last block's first: so the bisection of `_same` finds what it asks about in order, and runs in C.
+    """
+
+    __slots__ = ("follows", "keys", "next", "when")
+
+    def __init__(self, keys: array[int], follows: _Run | None) -> None:
+        self.keys = keys
+        self.follows = follows
+        self.next: dict[int, _Run] = {}  # by their first keys
+        self.when = 0.0
+
+
+class _Sent:
+    """What one engine was sent."""
+
+    def __init__(self) -> None:
+        self.blocks = 0
+        self.oldest = float("inf")  # no run was last sent before then
+        self.root = _Run(array("Q"), None)
+        self._runs: OrderedDict[_Run, None] = (
+            OrderedDict()
+        )  # sent the longest ago first, and tails before what they follow
+
+    def touch(self, keys: Sequence[int], now: float) -> None:
+        path, run, at = list[_Run](), self.root, 0
+        while at < len(keys):
+            following = run.next.get(keys[at])
+            if following is None:
+                following = run.next[keys[at]] = _Run(array("Q", keys[: at - 1 if at else None : -1]), run)
+                self.blocks += len(following.keys)
+            elif not _is_whole(following, keys, at):
+                following = _split(following, _same(following, frozenset(keys), len(keys) - at))
+            path.append(following)
+            at += len(following.keys)
+            run = following
+        for number in range(len(path) - 1, 0, -1):
+            if len(path[number - 1].next) == 1:  # always sent together from now on, until something shows otherwise
+                self._runs.pop(path[number], None)
+                _join(path[number - 1], path.pop(number))
+        for run in reversed(path):
+            run.when = now
+            self._runs[run] = None
+            self._runs.move_to_end(run)
+        self.oldest = min(self.oldest, now)
+
+    def drop(self, blocks: int) -> None:
+        """So many, those sent the longest ago."""
+        while blocks > 0:
+            oldest = next(iter(self._runs))
+            if len(oldest.keys) > blocks:
+                del oldest.keys[:blocks]
+                self.blocks -= blocks
+                return
+            blocks -= len(oldest.keys)
+            self._remove(oldest)
+
+    def expire(self, horizon: float) -> None:
+        """What was last sent before then."""
+        while self._runs and (oldest := next(iter(self._runs))).when < horizon:
+            self._remove(oldest)
+        self.oldest = next(iter(self._runs)).when if self._runs else float("inf")
+
+    def _remove(self, run: _Run) -> None:
+        assert run.follows is not None
+        del run.follows.next[run.keys[-1]]
+        del self._runs[run]
+        self.blocks -= len(run.keys)
+
+
+def _leading(run: _Run, keys: Sequence[int], known: frozenset[int]) -> int:
+    """How many blocks of the prompt are kept, where the first is in `run`; `known`: all of the prompt.
+
+    In one piece, because it is called for every engine of every lookup.
+    """
+    at, total = 0, len(keys)
+    while True:
+        held = run.keys
+        end = at + len(held)
+        if end > total or held[0] != keys[end - 1]:  # as `_is_whole`
+            low = max(end - total, 0)
+            return end - bisect_left(held, True, low, len(held), key=known.__contains__)  # as `_same`
+        at = end
+        following = run.next.get(keys[at]) if at < total else None
+        if following is None:
+            return at
+        run = following
+
+
+def _is_whole(run: _Run, keys: Sequence[int], at: int) -> bool:
+    """Whether all of the run is in the prompt, from `at` on where its first block is."""
+    end = at + len(run.keys)
+    return end <= len(keys) and run.keys[0] == keys[end - 1]
+
+
+def _same(run: _Run, known: frozenset[int], most: int) -> int:
+    """How many of the first blocks of the run are the prompt's, `most` at most."""
+    total = len(run.keys)
+    return total - bisect_left(run.keys, True, max(total - most, 0), total, key=known.__contains__)
+
+
+def _split(run: _Run, blocks: int) -> _Run:
+    """The first blocks of a run, as a run of their own which the rest follows. The rest is as old as it was."""
+    first = _Run(run.keys[-blocks:], run.follows)
+    assert run.follows is not None
+    run.follows.next[run.keys[-1]] = first
+    del run.keys[-blocks:]
+    run.follows = first
+    first.next[run.keys[-1]] = run
+    return first
+
+
+def _join(run: _Run, only: _Run) -> None:
+    """Makes one run of two, where nothing else follows the first."""
+    run.keys = only.keys + run.keys
+    run.next = only.next
+    for following in run.next.values():
+        following.follows = run

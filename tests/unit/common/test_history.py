@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.history import ESTIMATE_PROFILE, RoutingHistory
-from kvatlas_common.words import EngineId
+from kvatlas_common.words import KEY_MASK, EngineId
 
 E1, E2 = EngineId("a:1"), EngineId("b:1")
 
@@ -105,6 +106,24 @@ def test_a_clock_that_goes_back_brings_nothing_back() -> None:
     history.note(E1, [1], now=100)
     history.note(E1, [2], now=10)
     assert history.leading([2], now=150) == {E1: 1}
+
+
+def test_keys_may_come_as_an_array() -> None:
+    history = RoutingHistory(lifetime_s=60, blocks_max=100)
+    history.note(E1, np.array([1, 2, KEY_MASK], dtype=np.uint64), now=0)  # type: ignore[arg-type]
+    assert history.leading([1, 2, KEY_MASK], now=0) == {E1: 3}
+    assert history.leading(np.array([1, 2, 3], dtype=np.uint64), now=0) == {E1: 2}  # type: ignore[arg-type]
+
+
+def test_a_conversation_takes_one_run_however_many_turns_it_has() -> None:
+    history = RoutingHistory(lifetime_s=600, blocks_max=1000)
+    for turn in range(1, 50):
+        history.note(E1, list(range(1, turn * 10)), now=turn)
+    assert len(history._engines[E1]._runs) == 1
+    history.note(E1, [*range(1, 101), 7001], now=50)
+    assert len(history._engines[E1]._runs) == 3
+    assert history.leading(list(range(1, 490)), now=50) == {E1: 489}
+    assert history.leading([*range(1, 101), 7001, 7002], now=50) == {E1: 101}
 
 
 def test_the_estimate_profile_travels_by_its_name() -> None:

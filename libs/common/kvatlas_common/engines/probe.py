@@ -306,23 +306,29 @@ class Prober:
                 state.failed(str(failure), refused=failure.refused)
                 return
             state.healthy(self._clock())
-        await self._ask_metrics(state)
+        if not await self._ask_metrics(state):
+            return
         if state.wants_models(self._clock()):
             try:
                 state.listed(parse_models(await self._get(state.spec, "/v1/models")), self._clock())
             except (AskFailed, MalformedPage) as failure:
                 state.unlisted(str(failure), self._clock())
 
-    async def _ask_metrics(self, state: ProbeState) -> None:
+    async def _ask_metrics(self, state: ProbeState) -> bool:
+        """Whether it answered anything."""
         try:
             page = None if state.whole_page else await self._few_metrics(state.spec)
             if page is None:
                 state.whole_page = True
                 page = await self._get(state.spec, METRICS_ALL)
         except AskFailed as failure:
-            state.unmeasured(str(failure), alive=failure.status is not None)
-        else:
-            state.measured(page, self._wall())
+            if failure.refused:
+                state.failed(str(failure), refused=True)
+            else:
+                state.unmeasured(str(failure), alive=failure.status is not None)
+            return failure.status is not None
+        state.measured(page, self._wall())
+        return True
 
     async def _few_metrics(self, spec: EngineSpec) -> bytes | None:
         """None where the engine cannot filter, as with several API server processes (prometheus multiprocess mode)."""

@@ -15,6 +15,8 @@ from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.in_flight import InFlightBook
 
 NO_LOAD = Load()
+CHANGES_MAX = 16_384
+"""Engines whose last change is remembered, for routers that have not been told yet; many more than there are."""
 
 
 class LoadBoard:
@@ -69,6 +71,8 @@ class LoadBoard:
         self.version += 1
         self._changed[engine] = self.version
         self._changed.move_to_end(engine)
+        if len(self._changed) > CHANGES_MAX:
+            self._changed.popitem(last=False)
 
 
 class Telling:

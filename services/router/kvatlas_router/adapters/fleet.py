@@ -39,7 +39,7 @@ STATE_BYTES_MAX = 64 * 1024 * 1024
 
 class Indexers(Protocol):
     def fleets(self) -> list[Fleet]: ...
-    def loads(self) -> Mapping[EngineId, Load]: ...
+    def measured(self, engine: EngineId, load: Load) -> None: ...
     async def changed(self) -> None: ...
 
 
@@ -68,7 +68,7 @@ class FleetKeeper:
         self._rng = rng
         self._specs: dict[EngineId, EngineSpec] = {}
         self._facts: dict[EngineId, EngineFacts] = {}
-        self._loads: dict[EngineId, Load] = {}  # of the engines probed here
+        self._measured: set[EngineId] = set()  # engines whose load was scraped here
         self._remembered = Fleet()
         self._grace_until = float("-inf")
         self._grace_end: asyncio.TimerHandle | None = None
@@ -81,9 +81,7 @@ class FleetKeeper:
     async def __aenter__(self) -> Self:
         self._remembered = await asyncio.to_thread(_load, self._state_file)
         session = await self._stack.enter_async_context(open_session())
-        prober = Prober(
-            session, self._on_facts, self._loads.__setitem__, clock=time.monotonic, wall=time.time, rng=self._rng
-        )
+        prober = Prober(session, self._on_facts, self._on_load, clock=time.monotonic, wall=time.time, rng=self._rng)
         self._prober = await self._stack.enter_async_context(prober)
         for job in (self._follow_list(), self._follow_indexers(), self._keep_saved(), self._keep_fresh()):
             self._stack.push_async_callback(background.stop, background.start(job, "fleet"))
@@ -100,11 +98,6 @@ class FleetKeeper:
         """What to show the engine instead of the client's own key."""
         spec = self._specs.get(view.id)
         return spec.api_key if spec else self._defaults.api_key
-
-    def loads(self) -> Mapping[EngineId, Load]:
-        """The load of each engine of which any is known: from the indexers, else from this router's own probes."""
-        told = self._indexers.loads()
-        return {**self._loads, **told} if self._loads else told
 
     async def _keep_fresh(self) -> None:
         """News come in bursts (a hundred engines at once): one new picture for all that came meanwhile."""
@@ -129,6 +122,10 @@ class FleetKeeper:
     def _on_facts(self, facts: EngineFacts) -> None:
         self._facts[facts.id] = facts
         self._news.set()
+
+    def _on_load(self, engine: EngineId, load: Load) -> None:
+        self._measured.add(engine)
+        self._indexers.measured(engine, load)
 
     def _refresh(self) -> None:
         indexed = told(self._indexers.fleets())
@@ -167,8 +164,9 @@ class FleetKeeper:
             wanted.setdefault(engine.address, self._specs.get(engine, bare))
         probed = {i for s in wanted.values() for i in s.ids}
         self._facts = {i: f for i, f in self._facts.items() if i in probed}
-        for engine in self._loads.keys() - probed:
-            del self._loads[engine]
+        for engine in self._measured - probed:
+            self._indexers.measured(engine, Load())
+        self._measured &= probed
         assert self._prober is not None
         self._prober.want(wanted.values())
 

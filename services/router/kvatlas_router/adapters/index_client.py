@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 HEDGE_AFTER = 0.5  # of the deadline
 OBSERVATIONS_QUEUED_MAX = 4096  # per shard; the newest is dropped and counted when full
 OPEN_MAX = 8192  # requests in flight that a new stream begins with; the oldest are left out
+OWN = "this router"  # among those who tell of loads
 ROUTER_METADATA = "kvatlas-router"
 SHARDS_MAX = 64
 RESOLVE_EVERY_S = 10.0
@@ -221,7 +222,8 @@ class IndexClient:
         self._deadline_s = deadline_s
         self._metrics = metrics
         self._shards: dict[str, Shard] = {}
-        self._loads = MergedLoads()
+        self.on_load: Callable[[EngineId, Load], None] | None = None
+        self._loads = MergedLoads(self._load_told)
         self._open_requests = OpenRequests()
         self._turn = 0
         self._changed = asyncio.Event()
@@ -246,8 +248,16 @@ class IndexClient:
         return [s.fleet for s in self._shards.values() if s.fleet is not None]
 
     def loads(self) -> Mapping[EngineId, Load]:
-        """The latest load of each engine that any shard tells of: one mapping, which changes as they tell."""
+        """The latest load of each engine that anybody tells of: one mapping, which changes as they tell."""
         return self._loads.latest
+
+    def _load_told(self, engine: EngineId, load: Load) -> None:
+        if self.on_load is not None:
+            self.on_load(engine, load)
+
+    def measured(self, engine: EngineId, load: Load) -> None:
+        """This router has scraped it itself. `Load()`: it does so no more."""
+        self._loads.told(OWN, [(engine, load)])
 
     async def changed(self) -> None:
         """Waits until `fleets` may have changed since the last call returned."""

@@ -1,28 +1,42 @@
 """What a request would cost on an engine, in milliseconds: its own time to first token, and what it costs the others.
 
 Its own: the prompts queued ahead, its own uncached tokens at the engine's rate, cached tokens brought from slower
-media, and the steps of the requests that decode beside it. Engines compute prompts in the order in which they came, so
-a new request delays nobody's first token but those of requests still to come; what it costs the others is
+media, the steps of the requests that decode beside it, and, where the KV cache is full, the time until there is room.
 
-- `others_ms`: every request that decodes waits while a prompt is computed, and every step is longer by one more
-  decoding request from then on. Both are felt between tokens, not before the first, and weigh less: a second of theirs
-  is worth `DECODER` or `CROWD` of a second of ours. This is what makes a hot prefix spread before it hurts: the busier
-  its engine, the cheaper it is to compute the prefix once more elsewhere, after which there are two engines for it;
-- a share of the computing itself, `SPACE`: what is computed anew is kept anew, and pushes something out of the cache
-  that somebody may come back for.
+Engines compute prompts in the order in which they came, so a new request delays nobody's first token but those of
+requests still to come. What it costs the others, `others_ms`, is felt in three ways, each weighed by `Weights`:
+
+- every request that decodes waits while a prompt is computed (`decoder`), and from then on every step is longer by one
+  more decoding request, for them as for the new one (`crowd`);
+- the fuller the KV cache, the less there is for whoever comes next; the price rises without bound as room runs out
+  (`squeeze_s`). All this makes a hot prefix spread before it hurts: the busier its engine, the cheaper it is to compute
+  the prefix once more elsewhere, after which there are two engines for it;
+- what is computed anew is kept anew, and pushes something out that somebody may come back for (`space`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvatlas_common.words import Medium
-from kvatlas_router.core.rates import Speed
+from kvatlas_router.core.rates import CHUNK_TOKENS, Speed
 
-DECODER = 0.02
-CROWD = 0.01
-SPACE = 0.3
+FULL = 0.98  # of the KV cache: from here on a request waits for room
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a second of the others' is worth, against a second to the first token. Fitted on simulated fleets."""
+
+    decoder: float = 0.02
+    squeeze_s: float = 0.02
+    space: float = 0.3
+    crowd: float = 0.05
+
+
+WEIGHTS = Weights()
 
 
 class Cost(NamedTuple):
@@ -41,35 +55,74 @@ class Cost(NamedTuple):
 
     @property
     def total_ms(self) -> float:
-        return self.ttft_ms + self.others_ms
+        return self.queue_ms + self.compute_ms + self.transfer_ms + self.decode_ms + self.others_ms
 
     def __str__(self) -> str:
         named = zip(self._fields, self, strict=True)
         return " ".join(f"{name.removesuffix('_ms')}={value:.0f}ms" for name, value in named)
 
 
-def cost_of(
-    speed: Speed,
-    *,
-    to_compute: int,
-    queued_tokens: int = 0,
-    pending: int = 0,
-    decoding: int = 0,
-    late_s: float = 0.0,
-    transferred: Sequence[tuple[Medium, int]] = (),
-    answer_tokens: float = 0.0,
-) -> Cost:
-    """`transferred`: cached tokens by medium. `answer_tokens`: how long answers are, on average."""
-    own_s = to_compute * speed.token_s
-    transfer_s = sum(speed.transfer_s(medium) * tokens for medium, tokens in transferred)
-    step_s = speed.step_s + decoding * speed.decode_s
-    others_s = (
-        DECODER * own_s * decoding + CROWD * answer_tokens * speed.decode_s * 2 * (decoding + pending) + SPACE * own_s
-    )
-    return Cost(
-        queue_ms=1000 * (speed.prefill_s(queued_tokens, decoding) + late_s),
-        compute_ms=1000 * (own_s + speed.overhead_s),
-        transfer_ms=1000 * transfer_s,
-        decode_ms=1000 * step_s * (0.5 + to_compute / 2048),
-        others_ms=1000 * others_s,
-    )
+class Ahead(NamedTuple):
+    """What is at an engine already.
+
+    `pending` requests have no first token yet, `queued_tokens` are what their prompts have still to compute; `late_s`,
+    how much longer than expected the oldest takes. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: the size is not known.
+    """
+
+    queued_tokens: int = 0
+    pending: int = 0
+    decoding: int = 0
+    late_s: float = 0.0
+    kv_usage: float = 0.0
+    kv_tokens: int = 0
+
+    @property
+    def in_flight(self) -> int:
+        return self.pending + self.decoding
+
+
+NOTHING = Ahead()
+
+
+class Quote:
+    """What any request would cost on an engine as it stands: all that does not depend on the request, worked out once.
+
+    `answer_tokens`: how long answers are, on average.
+    """
+
+    __slots__ = ("_answer_s", "_fixed_s", "_full", "_kv_tokens", "_own_others", "_queue_s", "_speed",
+                 "_squeeze_s", "_step_s")  # fmt: skip
+
+    def __init__(
+        self, speed: Speed, ahead: Ahead = NOTHING, answer_tokens: float = 0.0, weights: Weights = WEIGHTS
+    ) -> None:
+        decoding = ahead.decoding
+        self._speed = speed
+        self._step_s = speed.step_s + decoding * speed.decode_s
+        self._queue_s = ahead.late_s + speed.prefill_s(ahead.queued_tokens, decoding)
+        self._answer_s = answer_tokens * self._step_s
+        self._own_others = weights.decoder * decoding + weights.space
+        self._fixed_s = weights.crowd * answer_tokens * speed.decode_s * 2 * ahead.in_flight
+        self._squeeze_s = weights.squeeze_s
+        self._kv_tokens = ahead.kv_tokens
+        wanted = ahead.queued_tokens + (ahead.pending + 1) * answer_tokens / 2
+        self._full = ahead.kv_usage + wanted / ahead.kv_tokens if ahead.kv_tokens else 0.0
+
+    def cost(self, to_compute: int, transferred: Sequence[tuple[Medium, int]] = ()) -> Cost:
+        """Of a request that would have so many tokens computed, and so many brought from slower media."""
+        speed, queue_s = self._speed, self._queue_s
+        own_s = to_compute * speed.token_s
+        others_s = self._fixed_s + self._own_others * own_s
+        if self._kv_tokens:
+            full = self._full + to_compute / self._kv_tokens
+            if full > FULL:  # all that is in use becomes free within the time an answer takes
+                queue_s += (full - FULL) * self._answer_s
+                full = FULL
+            others_s += self._squeeze_s * full / (1 - full)
+        return Cost(
+            1000 * queue_s,
+            1000 * (own_s + speed.overhead_s),
+            1000 * sum(speed.transfer_s(medium) * tokens for medium, tokens in transferred) if transferred else 0.0,
+            1000 * self._step_s * (0.5 + to_compute / CHUNK_TOKENS),
+            1000 * others_s,
+        )

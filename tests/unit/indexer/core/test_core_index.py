@@ -159,6 +159,26 @@ def test_a_change_of_what_does_not_matter_to_matching_plans_nothing_anew(monkeyp
     assert planned == [1]
 
 
+# -- who has lost what it held -----------------------------------------------------------------------------------------
+
+
+def test_restarts_and_clears_are_told_and_going_or_being_told_again_is_not() -> None:
+    world = two_engines()
+    world.store(E1, LATER)
+    world.facts(E2, process_start_s=100.0)
+    world.facts(E2, process_start_s=100.0)
+    assert world.emptied == []
+    world.say(E1, ["AllBlocksCleared"])
+    assert world.emptied == [E1]
+    world.store(E1, LATER, seq=0)  # it begins again
+    assert world.emptied == [E1, E1]
+    world.facts(E2, process_start_s=200.0)  # it publishes nothing: only its process tells
+    assert world.emptied == [E1, E1, E2]
+    world.index.abandon(E1.address)
+    world.wants()
+    assert world.emptied == [E1, E1, E2]
+
+
 # -- leases ------------------------------------------------------------------------------------------------------------
 
 

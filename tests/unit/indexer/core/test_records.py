@@ -6,6 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from kvatlas_common.fleet import Adapter, EngineView, Health, Sync
 from kvatlas_common.words import EngineId, Medium
@@ -122,3 +123,17 @@ def test_what_is_no_record_is_refused(data: bytes) -> None:
 
 def test_fields_of_a_later_version_are_passed_over() -> None:
     assert decode_record(changed(colour="blue")) == PLAIN
+
+
+def test_an_engine_lives_on_while_it_neither_restarts_nor_is_cleared() -> None:
+    def with_live(number: int, doubts: list[int]) -> EngineRecord:
+        return structs.replace(PLAIN, places=[PlaceRecord(0, "gpu", number, doubts, [1.0] * len(doubts))])
+
+    before = with_live(7, [])
+    started = structs.replace(before, stream=StreamRecord(True, "", 1.0, 100.0))
+    assert before.lives_on_in(with_live(8, [7]))  # put in doubt
+    assert before.lives_on_in(started)
+    assert not before.lives_on_in(with_live(8, []))
+    assert not before.lives_on_in(structs.replace(before, epoch=4))
+    assert not started.lives_on_in(structs.replace(started, stream=StreamRecord(True, "", 1.0, 101.0)))
+    assert structs.replace(before, places=[]).lives_on_in(before)

@@ -28,7 +28,12 @@ class World:
 
     def __init__(self, rules: Rules | None = None) -> None:
         self.findings: list[Finding] = []
-        self.index = KvIndex(rules, on_finding=lambda engine, finding: self.findings.append(finding))
+        self.emptied: list[EngineId] = []
+        self.index = KvIndex(
+            rules,
+            on_finding=lambda engine, finding: self.findings.append(finding),
+            on_emptied=self.emptied.append,
+        )
         self.now = 1000.0
         self._seq: dict[EngineId, int] = {}
 

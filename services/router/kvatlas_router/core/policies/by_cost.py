@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvatlas_router.core.choice import Candidate, Choice, Reason, Strategy, Term, ordered
+from kvatlas_router.core.choice import Candidate, Choice, Strategy, cost_of
 from kvatlas_router.core.policies.base import Needs, Situation
 
 
@@ -37,19 +37,14 @@ class Estimate:
 
 
 def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) -> Choice:
-    def cost(candidate: Candidate, term: Term) -> int:
-        return round(term.cost.total_ms * candidate.caution)
+    tokens = situation.ask.prompt_tokens
 
-    def noisy(candidate: Candidate, term: Term) -> float:
+    def cost(candidate: Candidate) -> int:
+        return round(cost_of(candidate, tokens).total_ms / candidate.state.share)
+
+    def noisy(candidate: Candidate) -> float:
         # The Gumbel trick: the smallest of costs so shifted is a draw from their softmax.
         shift = temperature_ms * math.log(-math.log(max(situation.chance(), 1e-300)) or 1e-300)
-        return term.cost.total_ms * candidate.caution + shift
+        return cost_of(candidate, tokens).total_ms / candidate.state.share + shift
 
-    rank = noisy if temperature_ms > 0 else cost
-    return ordered(
-        situation.candidates,
-        situation.ask.prompt_tokens,
-        Reason(strategy, situation.cause),
-        rank,
-        answer_tokens=situation.answer_tokens,
-    )
+    return situation.ordered(strategy, noisy if temperature_ms > 0 else cost)
