@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Coroutine, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from kvatlas_common.blocks.profile import Algorithm
 from kvatlas_common.engines.asking import open_session
@@ -27,6 +27,7 @@ from kvatlas_indexer.adapters.front import Front
 from kvatlas_indexer.adapters.grpc_server import GrpcServer
 from kvatlas_indexer.adapters.http_server import serve
 from kvatlas_indexer.adapters.local_index import LocalIndex
+from kvatlas_indexer.adapters.measured import MeasuredIndex
 from kvatlas_indexer.adapters.metrics import IndexMetrics
 from kvatlas_indexer.adapters.publisher import Publisher
 from kvatlas_indexer.adapters.redis_client import StoreUnavailable, open_redis
@@ -43,6 +44,7 @@ from kvatlas_indexer.adapters.traced import TracedCalls, TracedLookups, TracedSt
 from kvatlas_indexer.adapters.zmq_sockets import new_context
 from kvatlas_indexer.adapters.zmq_source import Origin, ZmqSource, ZmqSourceOptions
 from kvatlas_indexer.core.accuracy import Accuracy
+from kvatlas_indexer.core.durations import Durations
 from kvatlas_indexer.core.engine import Bounds
 from kvatlas_indexer.core.healing import Healing
 from kvatlas_indexer.core.index import Command, KvIndex, Rules
@@ -96,6 +98,9 @@ class Indexer:
             clock=time.monotonic,
             wall=time.time,
         )
+        self._measured = MeasuredIndex(self._front)
+        self._applying = Durations()  # from a message received to its being visible in lookups here
+        self._store: SharedIndex | None = None
         self._shard: Shard | None = None
         self._publisher: Publisher | None = None
         self._findings = LimitedLog(log, FINDINGS_LOG_INTERVAL_S, time.monotonic)
@@ -153,7 +158,7 @@ class Indexer:
         tracing = self._tracing
         read = TracedStore(store, tracing.tracer) if tracing else store
         shared = SharedIndex(read, on_change=self._front.wake, on_emptied=self.routing.forget)
-        self._front.lookups = shared
+        self._front.lookups = self._store = shared
         shard = self._shard = Shard(
             name=name,
             index=self.index,
@@ -173,11 +178,12 @@ class Indexer:
     async def _serve(self) -> None:
         settings = self.settings
         interceptors = (TracedCalls(self._tracing.tracer),) if self._tracing else ()
-        grpc = GrpcServer(self._front, self._listener, interceptors=interceptors)
+        grpc = GrpcServer(self._measured, self._listener, interceptors=interceptors)
         host, port = _split(settings.grpc_listen)
         self.grpc_address = f"{host}:{await grpc.start(host, port)}"
         self._stack.push_async_callback(grpc.stop, settings.drain_s)
         registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         registry.register(
             IndexMetrics(
                 self.index,
@@ -186,10 +192,14 @@ class Indexer:
                 self.routing,
                 received=self._source.received,
                 observed=grpc.observed,
+                applying=self._applying,
+                lookups=self._measured,
+                publisher=self._publisher,
+                shared=self._store,
             )
         )
         host, port = _split(settings.rest_listen)
-        app = build_app(self._front, ready=lambda: self.ready, registry=registry, blocks=self._blocks)
+        app = build_app(self._measured, ready=lambda: self.ready, registry=registry, blocks=self._blocks)
         rest = await serve(app, host, port)
         self.rest_address = f"{host}:{rest.port}"
         self._stack.push_async_callback(rest.stop)
@@ -241,10 +251,12 @@ class Indexer:
             self._apply_message(origin, frames)
 
     def _apply_message(self, origin: Origin, frames: list[bytes]) -> None:
+        came = time.time()
         commands = self.index.on_frames(
-            frames, time.time(), peer=origin.peer, dialled=origin.dialled, port_rank=origin.port_rank
+            frames, came, peer=origin.peer, dialled=origin.dialled, port_rank=origin.port_rank
         )
         self._perform(commands)
+        self._applying.add_between(came, time.time())
 
     def _on_connection(self, engine: EngineId, up: bool) -> None:
         if up:

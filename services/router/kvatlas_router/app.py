@@ -94,6 +94,7 @@ class Router:
             Admission(AdmissionRules(settings.queue_max, settings.queue_deadline_s)),
             Pressure(_pressure_rules(settings)),
             decider=decider,
+            chooser=chooser,
             loads=self.index.loads,
             metrics=metrics,
             clock=time.monotonic,

@@ -76,8 +76,10 @@ def _shared(body: Fields) -> dict[str, Any]:
 
 
 def _system(system: object) -> str:
-    if isinstance(system, str) or not system:
-        return system or ""
+    if not system:
+        return ""
+    if isinstance(system, str):
+        return system
     texts = (_text(block.get("text") or "") for block in _objects(system, "system") if block.get("type") == "text")
     return "".join(text for text in texts if not text.startswith(_BILLING_HEADER))
 
@@ -91,7 +93,8 @@ def _anthropic(message: Fields) -> Iterator[Message]:
         yield {"role": role, "content": content}
         return
     blocks: dict[str, list[Fields]] = {kind: [] for kind in _BLOCKS}
-    for block in _objects(content, "content"):
+    given = _objects(content, "content")
+    for block in given:
         kind = str(block.get("type"))
         if kind not in blocks or (kind == "tool_result" and role != "user"):
             raise NotAsChat("a block of a type not known here")
@@ -104,7 +107,7 @@ def _anthropic(message: Fields) -> Iterator[Message]:
     if blocks["tool_use"]:
         inputs = [(block, json.dumps(block.get("input") or {})) for block in blocks["tool_use"]]
         out["tool_calls"] = [_call(block.get("id"), block.get("name"), arguments) for block, arguments in inputs]
-    if parts := [part for block in content for part in _part(block)]:
+    if parts := [part for block in given for part in _part(block)]:
         out["content"] = parts[0]["text"] if len(parts) == 1 and parts[0]["type"] == "text" else parts
     if role == "assistant" or parts:
         yield out

@@ -50,6 +50,7 @@ class SharedIndex:
         self._version = 0
         self._decoded: dict[str, tuple[bytes, EngineRecord]] = {}
         self._reading = asyncio.Lock()
+        self.errors = 0  # of reading the fleet's records; those of lookups are theirs
 
     async def match(
         self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
@@ -91,6 +92,7 @@ class SharedIndex:
                 await self._read(await self._store.version())
                 said = ""
             except StoreUnavailable as error:
+                self.errors += 1
                 if str(error) != said:
                     log.warning("the store cannot be asked", extra={"why": str(error)})
                 said = str(error)

@@ -10,11 +10,13 @@ import asyncio
 import hmac
 import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from kvatlas_common.fleet import EngineView, Fleet, Health
+from kvatlas_common.logs import LimitedLog
 from kvatlas_common.observations import Observation, Outcome
 from kvatlas_router.adapters.asgi import (
     ClientGone,
@@ -62,6 +64,8 @@ STORED_RESPONSE = "/v1/responses/"
 MODELS = "/v1/models"
 OVERLOADED_RETRY_S = 1
 NO_ENGINE_RETRY_S = 5
+REFUSED_LOG_INTERVAL_S = 1.0  # per status and kind: anybody can be refused as fast as they can ask
+PATH_CHARS_MAX = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +124,7 @@ class PublicApi:
         self._observe = observe
         self._new_id = new_id
         self._started_at = int(started_at)
+        self._log = LimitedLog(log, REFUSED_LOG_INTERVAL_S, time.monotonic)
         self._keys = [k.encode() for k in rules.api_keys]
         self.in_flight = 0
         self.draining = False
@@ -134,10 +139,23 @@ class PublicApi:
             log.info("client gone before its request was sent", extra={"request_id": request.id, "path": request.path})
         except HttpError as error:
             self._metrics.refused.labels(str(error.status)).inc()
+            if not request.decided:  # else the line of its exchange tells
+                self._refused(request, error)
             await self._reply(request, send, error.status, error.body(), error.headers)
         except asyncio.CancelledError:
             # The server cancels what outlives the drain and ends; nothing waits for this task then.
             log.warning("request cut, the drain is over", extra={"request_id": request.id, "path": request.path})
+
+    def _refused(self, request: Request, error: HttpError) -> None:
+        self._log.info(
+            f"{error.status} {error.kind}",
+            "request refused",
+            request_id=request.id,
+            path=request.path[:PATH_CHARS_MAX],
+            status=error.status,
+            why=error.kind,
+            total_ms=round((time.perf_counter() - request.arrived) * 1000, 2),
+        )
 
     async def _serve(self, request: Request, receive: Receive, send: Send) -> None:
         path = request.path
@@ -183,16 +201,18 @@ class PublicApi:
         request.body = await read_body(request, receive, self._rules.body_bytes_max, self._rules.body_timeout_s)
         body = self._body(request, lookup)
         asked = Asked(request.path, lookup, body, self._session(request), self._labels(request))
+        came = time.perf_counter()
         place = await self._gate.enter(asked, receive)
+        queued_s = time.perf_counter() - came
         try:
             decision = await self._decide(asked)
         finally:
             self._gate.release(place)  # nothing else runs before the forwarder has entered it in the books
-        await self._answer(request, body, decision, receive, send)
+        exchange = Exchange(request, decision, self._metrics, self._observe, queued_s)
+        await self._answer(body, exchange, receive, send)
 
-    async def _answer(self, request: Request, body: Body, decision: Decision, receive: Receive, send: Send) -> None:
-        exchange = Exchange(request, decision, self._metrics, self._observe)
-        job = self._job(request, body, exchange)
+    async def _answer(self, body: Body, exchange: Exchange, receive: Receive, send: Send) -> None:
+        job = self._job(exchange.request, body, exchange)
         told = exchange.told
         try:
             async with while_connected(receive):

@@ -295,8 +295,8 @@ def _term(term: Term, choice: Choice) -> Attributes:
         engine=str(term.engine),
         predicted_cached_tokens=term.cached_tokens,
         to_compute_tokens=term.to_compute,
-        queued_tokens=term.queued_tokens,
-        in_flight=term.in_flight,
+        queued_tokens=term.ahead.queued_tokens,
+        in_flight=term.ahead.pending + term.ahead.decoding,
     )
     if choice.reason.strategy in BY_COST:
         told |= {f"kvatlas.cost.{name}": value for name, value in term.cost._asdict().items()}
