@@ -85,7 +85,7 @@ class Exchange:
         log.info("request handled", extra=self._line(predicted, actual, total_s))
 
     def _line(self, predicted: int | None, actual: int | None, total_s: float) -> dict[str, object]:
-        """What each field means: docs/requests.md. The log adds `trace_id` and `span_id` where the trace is sampled."""
+        """What each field means: docs/observing.md. Where the trace is sampled, the log adds its id."""
         told, decision = self.told, self.decision
         prompt = decision.learnt.prompt
         return {
