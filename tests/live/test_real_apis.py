@@ -171,7 +171,9 @@ async def test_a_response_goes_on_where_it_is_kept(run: Run, http: aiohttp.Clien
         assert first.status == 200
         home, kept = first.headers["x-kvatlas-engine"], first.page["id"]
         engines.add(home)
-        after = await ask(http, run, "/v1/responses", {"input": "And then?", "previous_response_id": kept})
+        after = await ask(
+            http, run, "/v1/responses", {"input": "And then?", "previous_response_id": kept, "max_output_tokens": 4}
+        )
         assert (after.status, after.headers["x-kvatlas-engine"]) == (200, home)
         assert after.headers["x-kvatlas-reason"] == "affinity:unrenderable:previous_response_id"
         async with http.get(f"{run.deployment.router}/v1/responses/{kept}") as read:
