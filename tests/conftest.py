@@ -1,8 +1,15 @@
-"""What all tests share: the option that refreshes transcripts."""
+"""What all tests share: the option that refreshes transcripts, and processes that begin without compiling us again."""
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
+
+# Where the environment forbids to keep compiled modules, each of a hundred processes would compile all of ours.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

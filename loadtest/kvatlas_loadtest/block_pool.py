@@ -41,6 +41,8 @@ class BlockPool:
         self._users = [0] * num_blocks
         self._hash_of: list[BlockHash | None] = [None] * num_blocks
         self._holders: dict[BlockHash, list[int]] = {}  # oldest copy first
+        self._arrived: dict[BlockHash, int] = {}  # since when one is held without a break, by the count of arrivals
+        self._arrivals = 0
 
     @property
     def free_blocks(self) -> int:
@@ -85,6 +87,9 @@ class BlockPool:
         for block, block_hash in zip(blocks, hashes, strict=True):
             self._hash_of[block] = block_hash
             self._holders.setdefault(block_hash, []).append(block)
+            if block_hash not in self._arrived:
+                self._arrivals += 1
+                self._arrived[block_hash] = self._arrivals
 
     def release(self, blocks: Sequence[int]) -> None:
         """A request is done with its blocks, given from its first to its last; its last is reused first."""
@@ -107,12 +112,17 @@ class BlockPool:
             return False
         self._hash_of = [None] * self.num_blocks
         self._holders.clear()
+        self._arrived.clear()
         self._log.append(Cleared())
         return True
 
     def copies(self) -> dict[int, int]:
         """Block key -> how many blocks hold it: the truth an index is checked against."""
         return {key_of(block_hash): len(blocks) for block_hash, blocks in self._holders.items()}
+
+    def arrivals(self) -> dict[int, int]:
+        """Block key -> a number that stays as long as the block is held without a break, and is never given again."""
+        return {key_of(block_hash): number for block_hash, number in self._arrived.items()}
 
     def _evict(self, block: int) -> None:
         block_hash = self._hash_of[block]
@@ -122,5 +132,5 @@ class BlockPool:
         holders = self._holders[block_hash]
         holders.remove(block)
         if not holders:
-            del self._holders[block_hash]
+            del self._holders[block_hash], self._arrived[block_hash]
         self._log.append(Removed(block_hash))

@@ -2,9 +2,10 @@
 
 A checker of the index needs the truth, and the truth is the engine's own block table: `GET /debug/block_table` answers
 
-    {"ranks": [{"rank": 0, "next_seq": 17, "blocks": {"1234": 1, ...}}]}
+    {"ranks": [{"rank": 0, "next_seq": 17, "blocks": {"1234": 1, ...}, "arrivals": {"1234": 9, ...}}]}
 
-with block keys in decimal and how many copies of each are held at that moment. Events of the step under way are not
+with block keys in decimal, how many copies of each are held at that moment, and a number for each that stays as long as
+the block is held without a break: it tells one that was evicted and came back. Events of the step under way are not
 published yet: two tables a step apart tell what is settled. `POST /debug/faults` takes `publisher.Faults` as JSON
 (`{"rank": 0, "drop": 3, "replay": "silent"}`); what is left out is put back to normal.
 """
@@ -37,6 +38,7 @@ def block_tables(ranks: Sequence[EngineRank]) -> bytes:
             "rank": rank.number,
             "next_seq": rank.publisher.next_seq if rank.publisher else 0,
             "blocks": rank.core.copies(),
+            "arrivals": rank.core.arrivals(),
         }
         for rank in ranks
     ]

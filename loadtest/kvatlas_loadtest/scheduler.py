@@ -139,6 +139,10 @@ class EngineCore:
         """Block key -> copies in the cache now: what an index that applied every event must equal."""
         return self._pool.copies()
 
+    def arrivals(self) -> dict[int, int]:
+        """Block key -> a number that changes when the block has been away in between."""
+        return self._pool.arrivals()
+
     def add(self, request: EngineRequest) -> None:
         """Queues a request. Raises `EngineFull`, `PromptTooLong`."""
         if len(self._waiting) >= self.limits.max_waiting:

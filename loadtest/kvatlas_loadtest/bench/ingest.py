@@ -30,6 +30,7 @@ ENGINES = 16
 BLOCK = 64  # a message of 94 blocks is a context of 6,000 tokens
 PROFILE = profile(BLOCK).name
 SAMPLE = 20
+USED_UP = 0.85  # of a core, or of all: the rest is what nobody can get
 BUDGETS = {"memory": 500_000.0, "redis": 100_000.0}
 
 Found = Callable[[int, Prompt], Awaitable[bool]]
@@ -41,6 +42,7 @@ class Ingest:
     """CPU in seconds; `busy`: share of the machine's CPU that was used meanwhile, by anybody, 0..1."""
 
     blocks: int
+    indexers: int
     seconds: float
     indexer_cpu_s: float
     server_cpu_s: float
@@ -56,10 +58,20 @@ class Ingest:
 
     @property
     def unit(self) -> str:
-        """With what the CPU went to: what limits."""
+        """With what the CPU went to, and so what limits."""
         indexers, server = self.indexer_cpu_s / self.seconds, self.server_cpu_s / self.seconds
         of_server = f", Valkey {server:.2f}" if server else ""
-        return f"blocks/s; cores: indexers {indexers:.2f}{of_server}; machine {self.busy:.0%} busy"
+        cores = f"cores: indexers {indexers:.2f}{of_server}; machine {self.busy:.0%} busy"
+        return f"blocks/s, limited by {self.limit}; {cores}"
+
+    @property
+    def limit(self) -> str:
+        """What was used up. A server of Redis's kind executes in one thread, an indexer applies in one."""
+        if self.server_cpu_s > USED_UP * self.seconds:
+            return "Valkey's thread"
+        if self.indexer_cpu_s > USED_UP * self.seconds * self.indexers:
+            return "the indexers' loops"
+        return "the machine's cores" if self.busy > USED_UP else "their waiting for each other"
 
 
 async def memory_rows(options: Options) -> list[Row]:
@@ -157,7 +169,7 @@ async def _timed(
         for prompt in its[:: len(its) // SAMPLE or 1]:
             assert await known(engine, prompt), f"a message of engine {engine} was lost"
     blocks = sum(map(len, prompts)) * EVENT_BLOCKS
-    return Ingest(blocks, seconds, indexer_cpu_s, server_cpu_s, busy / could if could else 0.0)
+    return Ingest(blocks, len(pids), seconds, indexer_cpu_s, server_cpu_s, busy / could if could else 0.0)
 
 
 async def _send(made: Sequence[Feed], prompts: Sequence[Sequence[Prompt]]) -> None:

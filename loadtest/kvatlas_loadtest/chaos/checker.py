@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from kvatlas_loadtest.chaos.truth import SETTLE_S, Gone, Kept, Look, Table, Verdict, compare, settled
+from kvatlas_loadtest.chaos.truth import SETTLE_S, Arrivals, Gone, Kept, Look, Table, Verdict, compare, settled
 
 MODEL = "tiny"
 KEYS_A_REQUEST = 512
@@ -66,12 +66,13 @@ class Checker:
 
     async def tables(self) -> dict[str, dict[int, int]]:
         """Engine -> its block table, of the engines that answer."""
-        engines = self._engines()
-        answers = await asyncio.gather(*(self._table(url) for url in engines.values()), return_exceptions=True)
-        _raise_defects(answers)
-        tables = {e: a for e, a in zip(engines, answers, strict=True) if isinstance(a, dict)}
+        tables = await self._of_engines("blocks")
         self.gone.saw(tables.values())
         return tables
+
+    async def arrivals(self) -> Mapping[str, Arrivals]:
+        """The same, of when each of its blocks came."""
+        return await self._of_engines("arrivals")
 
     async def look(self, *, full: bool = False) -> Look:
         """Takes the truth, asks every shard, and compares."""
@@ -122,8 +123,8 @@ class Checker:
 
     async def kept(self) -> Kept:
         """The blocks every shard knows of at this moment."""
-        tables = await self.tables()
-        return Kept.since(tables, await self.said({key for table in tables.values() for key in table}))
+        arrivals = await self.arrivals()
+        return Kept.since(arrivals, await self.said({key for came in arrivals.values() for key in came}))
 
     def _keys(self, tables: Mapping[str, Table], full: bool) -> list[int]:
         held = sorted({key for table in tables.values() for key in table})
@@ -136,9 +137,15 @@ class Checker:
     def _shuffled(self, keys: Iterable[int]) -> list[int]:
         return self._chance.sample(ordered := sorted(keys), len(ordered))
 
-    async def _table(self, url: str) -> dict[int, int]:
+    async def _of_engines(self, what: str) -> dict[str, dict[int, int]]:
+        engines = self._engines()
+        answers = await asyncio.gather(*(self._table(url, what) for url in engines.values()), return_exceptions=True)
+        _raise_defects(answers)
+        return {e: a for e, a in zip(engines, answers, strict=True) if isinstance(a, dict)}
+
+    async def _table(self, url: str, what: str) -> dict[int, int]:
         (rank,) = (await self._get(f"{url}/debug/block_table"))["ranks"]
-        return {int(key): copies for key, copies in rank["blocks"].items()}
+        return {int(key): number for key, number in rank[what].items()}
 
     async def _ask(self, url: str, keys: Sequence[int], tables: Mapping[str, Sequence[int]]) -> Asked:
         engines = {e["id"]: e for e in (await self._get(f"{url}/v1/engines"))["engines"]}

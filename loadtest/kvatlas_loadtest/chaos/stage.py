@@ -102,12 +102,12 @@ class Scene:
 
     async def _watch(self, kept: Kept) -> None:
         while True:
-            kept.saw(await self._checker.tables())
+            kept.saw(await self._checker.arrivals())
             await asyncio.sleep(WATCH_EVERY_S)
 
     async def _share_kept(self) -> float:
         if self._kept is None:
             return math.nan
         said = await self._checker.said({key for keys in self._kept.blocks.values() for key in keys})
-        self._kept.saw(await self._checker.tables())
+        self._kept.saw(await self._checker.arrivals())
         return self._kept.share_said(said)

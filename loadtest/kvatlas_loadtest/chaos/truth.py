@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 Table = Mapping[int, int]
 """Block key -> copies; a key that is not in it has none."""
 
+Arrivals = Mapping[int, int]
+"""Block key -> a number that stays as long as the engine holds the block without a break."""
+
 SETTLE_S = 0.2
 EXACT = "exact"
 GONE_MAX = 1_000
@@ -139,27 +142,27 @@ class Gone:
 
 @dataclass(slots=True)
 class Kept:
-    """Blocks an engine has held without a break since a moment at which the index knew of them.
+    """Blocks an engine has held without a break (`Arrivals` tell) since a moment at which the index knew of them.
 
     The index may lose sight of what an engine stores; what it knew and nothing contradicted, it must still say.
     """
 
-    blocks: dict[str, frozenset[int]] = field(default_factory=dict)  # engine -> keys
+    blocks: dict[str, dict[int, int]] = field(default_factory=dict)  # engine -> block key -> when it came
 
     @classmethod
-    def since(cls, tables: Mapping[str, Table], said: Mapping[str, Mapping[str, Table]]) -> Kept:
+    def since(cls, arrivals: Mapping[str, Arrivals], said: Mapping[str, Mapping[str, Table]]) -> Kept:
         """`said`: shard -> engine -> what it says."""
         return cls(
             {
-                engine: frozenset(key for key in table if all(s.get(engine, {}).get(key) for s in said.values()))
-                for engine, table in tables.items()
+                engine: {k: n for k, n in came.items() if all(s.get(engine, {}).get(k) for s in said.values())}
+                for engine, came in arrivals.items()
             }
         )
 
-    def saw(self, tables: Mapping[str, Table]) -> None:
-        for engine, table in tables.items():
+    def saw(self, arrivals: Mapping[str, Arrivals]) -> None:
+        for engine, came in arrivals.items():
             if engine in self.blocks:
-                self.blocks[engine] &= table.keys()
+                self.blocks[engine] = {k: n for k, n in self.blocks[engine].items() if came.get(k) == n}
 
     def forget(self, engine: str) -> None:
         """Its cache has ended."""

@@ -22,6 +22,7 @@ from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Ticket
 from kvatlas_router.core.choice import Choice, NoEngine
 from kvatlas_router.core.chooser import Chooser
+from kvatlas_router.core.outliers import Fault
 from kvatlas_router.core.plans import Plan
 from kvatlas_router.core.policies import Needs, PolicyName
 
@@ -129,7 +130,6 @@ class ByCore:
                     loads=known.loads,
                     answer=answer,
                     now=now,
-                    suspects=self._chooser.books.suspects(now),
                 )
             except NoEngine:
                 return None
@@ -145,7 +145,7 @@ class ByCore:
         return self._chooser.send(term, decision.ask, now)
 
     def failed(self, engine: EngineId, now: float) -> None:
-        self._chooser.books.suspect(engine, now + SUSPECT_S)
+        self._chooser.outliers.sent(engine, now).failed(Fault.RESET, now)
 
 
 class ByRule:

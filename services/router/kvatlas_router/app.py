@@ -21,13 +21,19 @@ from kvatlas_router.adapters.admin import build_admin
 from kvatlas_router.adapters.decide import Decider
 from kvatlas_router.adapters.fleet import FleetKeeper
 from kvatlas_router.adapters.forward import Forwarder, Patience
+from kvatlas_router.adapters.gate import Gate
 from kvatlas_router.adapters.http import HttpRules, PublicApi
 from kvatlas_router.adapters.index_client import IndexClient
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.adapters.models import Tokenizers
+from kvatlas_router.adapters.results import Results
 from kvatlas_router.adapters.server import HttpServer
+from kvatlas_router.core.admission import Admission, AdmissionRules
 from kvatlas_router.core.chooser import Chooser
 from kvatlas_router.core.homes import ResponseHomes
+from kvatlas_router.core.outliers import OutlierRules, Outliers
+from kvatlas_router.core.pressure import Pressure, PressureRules
+from kvatlas_router.core.slow_start import SlowStart
 from kvatlas_router.settings import RouterSettings
 
 log = logging.getLogger(__name__)
@@ -44,7 +50,9 @@ class Router:
         name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"  # a new life is another router
         rng = random.Random(settings.seed)
         metrics = self.metrics = Metrics()
-        chooser = self.chooser = Chooser(rng.random)
+        outliers, slow_start = Outliers(_outlier_rules(settings)), SlowStart(settings.slow_start_s)
+        chooser = self.chooser = Chooser(rng.random, outliers=outliers, slow_start=slow_start)
+        results = Results(outliers, slow_start, metrics, time.monotonic)
         plans = settings.plans()
         homes = ResponseHomes()
         self.index = IndexClient(settings.indexers, name, settings.lookup_deadline_ms / 1000, metrics)
@@ -76,11 +84,22 @@ class Router:
             clock=time.monotonic,
             problems=LimitedLog(log, DEFECTS_LOG_INTERVAL_S, time.monotonic),
         )
-        self._forwarder = Forwarder(_patience(settings), chooser, self.fleet.api_key)
+        self._forwarder = Forwarder(_patience(settings), chooser, results, self.fleet.api_key)
+        gate = self._gate = Gate(
+            Admission(AdmissionRules(settings.queue_max, settings.queue_deadline_s)),
+            Pressure(_pressure_rules(settings)),
+            decider=decider,
+            loads=self.index.loads,
+            metrics=metrics,
+            clock=time.monotonic,
+        )
+        results.on_change = gate.poke
+        self.index.on_load = gate.load_told
         self._api = PublicApi(
             rules=_rules(settings),
             fleet=lambda: self.fleet.fleet,
             decider=decider,
+            gate=gate,
             forwarder=self._forwarder,
             homes=homes,
             metrics=metrics,
@@ -93,6 +112,8 @@ class Router:
         self._admin = HttpServer(admin, settings.admin_host, settings.admin_port, drain_s=1)
         self.fleet.on_change += [
             lambda fleet: chooser.keep_only(fleet.engines.keys()),
+            results.fleet_changed,
+            gate.fleet_changed,
             metrics.count_engines,
         ]
         if plans.need_prompts:
@@ -125,7 +146,10 @@ class Router:
         if drain_delay_s:
             log.info("draining", extra={"in_flight": self._api.in_flight})
             await asyncio.sleep(drain_delay_s)  # for load balancers to notice; there is nothing to wait for
+        # Who waits in the queue by then would not be answered before the drain is over.
+        closing = asyncio.get_running_loop().call_later(self._settings.drain_s / 2, self._gate.close)
         await self._stack.aclose()
+        closing.cancel()
         log.info("router stopped")
 
     async def run(self) -> None:
@@ -135,6 +159,7 @@ class Router:
 
         def stop() -> None:
             if asked.is_set():
+                self._gate.close()
                 self._public.hurry()
             asked.set()
 
@@ -161,6 +186,23 @@ def _patience(settings: RouterSettings) -> Patience:
         idle_s=settings.idle_timeout_s,
         total_s=settings.request_timeout_s,
         attempts=settings.attempts,
+    )
+
+
+def _outlier_rules(settings: RouterSettings) -> OutlierRules:
+    return OutlierRules(
+        consecutive_max=settings.eject_after,
+        ejection_s=settings.ejection_s,
+        ejection_max_s=12 * settings.ejection_s,
+        ejected_share_max=settings.ejected_share_max,
+    )
+
+
+def _pressure_rules(settings: RouterSettings) -> PressureRules:
+    return PressureRules(
+        waiting_max=settings.engine_waiting_max,
+        kv_usage_max=settings.engine_kv_usage_max,
+        in_flight_max=settings.engine_in_flight_max,
     )
 
 

@@ -143,6 +143,29 @@ class RouterSettings(HashSettings, EngineSettings, LogSettings):
     body_bytes_max: int = Field(64 * 1024 * 1024, ge=1024, description="largest request body")
     body_timeout_s: Seconds = Field(60.0, description="for a request's body to arrive")
     in_flight_max: int = Field(4096, ge=1, description="requests at a time; more are answered 503")
+    engine_waiting_max: int = Field(
+        32, ge=0, description="requests waiting in an engine from which on it is saturated; 0: it never is"
+    )
+    engine_kv_usage_max: float = Field(
+        0.97, gt=0, description="KV cache in use (0..1) from which on a quarter as many saturate an engine"
+    )
+    engine_in_flight_max: int = Field(
+        0, ge=0, description="requests of this router at one engine, where it shows no figures; 0: no limit"
+    )
+    queue_max: int = Field(
+        1024, ge=0, description="requests that wait, per model, while all its engines are saturated; more get a 429"
+    )
+    queue_deadline_s: Seconds = Field(60.0, description="how long a request may wait there before it gets a 429")
+    eject_after: int = Field(
+        5, ge=0, description="faults in a row that eject an engine, as half of its last requests do; 0: nothing does"
+    )
+    ejection_s: Seconds = Field(10.0, description="for how long; a second time twice as long, up to 12 times")
+    ejected_share_max: float = Field(
+        0.5, ge=0, le=1, description="share of the fleet ejected at most; one may always be"
+    )
+    slow_start_s: float = Field(
+        15.0, ge=0, le=3600, description="for an engine that joins others at work to reach its share of load; 0: off"
+    )
     drain_delay_s: float = Field(1.0, ge=0, le=3600, description="after SIGTERM: /readyz fails, requests are taken")
     drain_s: Seconds = Field(300.0, description="after that: how long requests in flight may take to finish")
     api_keys: tuple[SecretStr, ...] = Field(

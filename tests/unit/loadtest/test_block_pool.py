@@ -110,6 +110,20 @@ def test_two_requests_may_hold_copies_and_a_hit_goes_to_the_oldest() -> None:
     assert (log, pool.copies(), pool.find([7])) == ([Removed(7)], {7: 1}, second)
 
 
+def test_a_block_that_was_away_has_arrived_anew() -> None:
+    pool = BlockPool(4, PoolVersion.V0_32, [])
+    first, second = pool.allocate(1), pool.allocate(1)
+    pool.name(first, [7])
+    pool.name(second, [7])
+    assert pool.arrivals() == {7: 1}
+    pool.release(first)
+    pool.allocate(2)  # the first copy goes: the block is still held
+    assert pool.arrivals() == {7: 1}
+    pool.release(second)
+    pool.name(pool.allocate(1), [7])  # in the place of the second copy
+    assert pool.arrivals() == {7: 2}
+
+
 def test_a_block_without_a_name_is_reused_first_since_0_32() -> None:
     for version, reused in ((PoolVersion.V0_10, 3), (PoolVersion.V0_32, 2)):
         pool = BlockPool(4, version, [])

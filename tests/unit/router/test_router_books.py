@@ -86,13 +86,6 @@ def test_who_closes_a_ticket_is_told_once_what_it_learnt() -> None:
     assert (ticket.first_token_s, ticket.ended_at, ticket.cached_tokens, ticket.completion_tokens) == (0.5, 3.0, 8, 20)
 
 
-def test_a_suspect_is_trusted_again_after_a_while() -> None:
-    books = Books()
-    books.suspect(A, until=10.0)
-    assert books.suspects(9.9) == {A}
-    assert books.suspects(10.0) == frozenset()
-
-
 def test_engines_that_left_are_forgotten_when_nothing_is_in_flight_there() -> None:
     books = Books()
     ticket = books.enter(A, 5, 1.0)

@@ -16,6 +16,8 @@ from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.choice import Candidate, Choice, NoEngine, Standing, Strategy
+from kvatlas_router.core.cost import Ahead
+from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.plans import Plan
 from kvatlas_router.core.policies import PolicyName, Situation, policy
 from kvatlas_router.core.policies.by_hash import rendezvous
@@ -29,7 +31,14 @@ def view(number: int, health: Health = Health.READY) -> EngineView:
 
 def holding(number: int, blocks: int = 0, **also: object) -> Candidate:
     match = EngineMatch(view(number).id, blocks, {Medium.GPU: blocks}, True) if blocks else None
-    return Candidate(view(number), match, True, 64)._replace(**also)  # type: ignore[arg-type]
+    return with_(Candidate(view(number), match, True, 64), **also)
+
+
+def with_(candidate: Candidate, **also: object) -> Candidate:
+    """Fields of the candidate, or of what is ahead there."""
+    ahead = candidate.ahead._replace(**{n: v for n, v in also.items() if n in Ahead._fields})  # type: ignore[arg-type]
+    own = {n: v for n, v in also.items() if n in Candidate._fields}
+    return candidate._replace(ahead=ahead, **own)  # type: ignore[arg-type]
 
 
 def choose(
@@ -54,14 +63,15 @@ def numbers(choice: Choice) -> list[str]:
 
 candidates = st.lists(
     st.builds(
-        lambda number, health, blocks, known, queued, used, suspect: Candidate(
+        lambda number, health, blocks, known, queued, used, trust, share: Candidate(
             view(number, health),
             EngineMatch(view(number).id, blocks, {Medium.GPU: blocks}, True) if blocks and known else None,
             known,
             64,
-            queued_tokens=queued,
+            ahead=Ahead(queued),
             last_used=used,
-            suspect=suspect,
+            trust=trust,
+            share=share,
         ),
         st.integers(1, 250),
         st.sampled_from(Health),
@@ -69,7 +79,8 @@ candidates = st.lists(
         st.booleans(),
         st.integers(0, 3000),
         st.integers(0, 5).map(float),
-        st.booleans(),
+        st.sampled_from(Trust),
+        st.sampled_from([0.1, 0.5, 1.0]),
     ),
     unique_by=lambda c: c.view.id,
     max_size=8,
@@ -89,7 +100,8 @@ def test_cost_picks_what_a_plain_search_picks(found: list[Candidate], tokens: in
         return
     choice = choose(PolicyName.PRECISE, found, tokens)
     assert {t.engine for t in choice.terms} == {c.view.id for c in usable}
-    worth = {t.engine: (t.standing, round(t.cost.total_ms)) for t in choice.terms}
+    share = {c.view.id: c.share for c in found}
+    worth = {t.engine: (t.standing, round(t.cost.total_ms / share[t.engine])) for t in choice.terms}
     used = {c.view.id: c.last_used for c in found}
     assert choice.engine.id == min(worth, key=lambda e: (*worth[e], used[e], [c.view.id for c in found].index(e)))
 
@@ -118,7 +130,7 @@ def test_an_engine_with_the_prefix_loses_exactly_when_another_is_faster() -> Non
 def test_a_hot_prefix_spreads_when_its_engine_is_busy() -> None:
     idle, busy = holding(2), holding(1, 90, decoding=10)
     assert choose(PolicyName.PRECISE, [busy, idle], 6000).engine == busy.view
-    assert choose(PolicyName.PRECISE, [busy._replace(decoding=900), idle], 6000).engine == idle.view
+    assert choose(PolicyName.PRECISE, [with_(busy, decoding=900), idle], 6000).engine == idle.view
 
 
 def test_blocks_on_a_slower_medium_cost_their_transfer() -> None:
@@ -146,13 +158,23 @@ def test_a_tie_goes_to_the_least_recently_used() -> None:
     assert numbers(choose(PolicyName.PRECISE, fleet)) == ["2", "3", "1"]
 
 
-def test_an_engine_that_just_failed_goes_last_and_one_that_is_down_not_at_all() -> None:
+def test_an_engine_that_failed_goes_last_and_one_that_is_down_not_at_all() -> None:
     fleet = [
-        holding(1, 9, suspect=True),
+        holding(4, 9, trust=Trust.EJECTED),
+        holding(1, 9, trust=Trust.SUSPECT),
         Candidate(view(2, Health.UNKNOWN), known=True),
         Candidate(view(3, Health.DOWN)),
     ]
-    assert [t.standing for t in choose(PolicyName.PRECISE, fleet).terms] == [Standing.UNKNOWN, Standing.SUSPECT]
+    standings = [t.standing for t in choose(PolicyName.PRECISE, fleet).terms]
+    assert standings == [Standing.UNKNOWN, Standing.SUSPECT, Standing.EJECTED]
+
+
+def test_an_engine_that_starts_slowly_gets_what_only_it_holds_and_little_else() -> None:
+    new = holding(1, share=0.1)
+    assert choose(PolicyName.PRECISE, [new, holding(2, queued_tokens=3000)]).engine == view(2)
+    assert choose(PolicyName.PRECISE, [new, holding(2, queued_tokens=9000)]).engine == view(1)
+    assert choose(PolicyName.PRECISE, [holding(1, 90, share=0.1), holding(2)], 6000).engine == view(1)
+    assert choose(PolicyName.LEAST_LOAD, [new, holding(2, decoding=3)]).engine == view(2)
 
 
 def test_unknown_is_not_empty() -> None:
@@ -198,7 +220,7 @@ def test_what_everybody_shares_does_not_bury_an_engine(name: PolicyName) -> None
     """Each of 100 simultaneous requests of one session goes where the rule says; none gets more than its share."""
     loads = dict.fromkeys(range(1, 5), 0)
     for _ in range(100):
-        fleet = [Candidate(view(n), decoding=loads[n]) for n in loads]
+        fleet = [with_(Candidate(view(n)), decoding=loads[n]) for n in loads]
         loads[int(numbers(choose(name, fleet, session=b"the same", prefix=b"the same"))[0])] += 1
     assert max(loads.values()) <= 1.25 * 25 + 5
 
@@ -213,22 +235,22 @@ def test_hashing_goes_by_how_the_prompt_begins_and_sessions_by_their_name() -> N
 
 
 def test_what_keeps_the_response_goes_first_whatever_its_load() -> None:
-    fleet = [Candidate(view(n), decoding=1000 if n == 3 else 0) for n in range(1, 5)]
+    fleet = [with_(Candidate(view(n)), decoding=1000 if n == 3 else 0) for n in range(1, 5)]
     choice = choose(PolicyName.SESSION, fleet, session=b"s", home=view(3).id)
     assert (choice.engine, choice.reason.strategy) == (view(3), Strategy.AFFINITY)
 
 
 def test_load_takes_the_fewest_requests_then_the_least_queued() -> None:
     fleet = [
-        Candidate(view(1), decoding=1, queued_tokens=10),
-        Candidate(view(2), pending=2),
-        Candidate(view(3), decoding=1),
+        with_(Candidate(view(1)), decoding=1, queued_tokens=10),
+        with_(Candidate(view(2)), pending=2),
+        with_(Candidate(view(3)), decoding=1),
     ]
     assert numbers(choose(PolicyName.LEAST_LOAD, fleet)) == ["3", "1", "2"]
 
 
 def test_of_two_at_random_the_less_loaded_and_never_the_worst_of_all() -> None:
-    fleet = [Candidate(view(n), decoding=n) for n in range(1, 6)]
+    fleet = [with_(Candidate(view(n)), decoding=n) for n in range(1, 6)]
     firsts = Counter(numbers(choose(PolicyName.POWER_OF_TWO, fleet))[0] for _ in range(500))
     assert firsts["5"] == 0
     assert firsts["1"] > firsts["2"] > firsts["3"] > firsts["4"] > 0

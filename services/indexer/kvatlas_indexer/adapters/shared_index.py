@@ -59,11 +59,7 @@ class SharedIndex:
                 matches += plan.match(self._shared.masks(lookup.values))
             else:
                 unknown += tuple(plan.engines)
-        if engines:
-            wanted = frozenset(engines)
-            matches = [match for match in matches if match.engine in wanted]
-            unknown = tuple(engine for engine in unknown if engine in wanted)
-        return MatchAnswer(tuple(matches), unknown)
+        return MatchAnswer(tuple(matches), unknown).among(engines)
 
     async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:
         windows = [keys[start : start + WINDOW_FIRST] for start in range(0, len(keys), WINDOW_FIRST)]

@@ -28,7 +28,7 @@ from kvatlas_indexer.core.engine import Engine, Network
 from kvatlas_indexer.core.expected import Finding
 from kvatlas_indexer.core.known import Known
 from kvatlas_indexer.core.naming import Naming
-from kvatlas_indexer.core.plans import ModelPlan, Plans
+from kvatlas_indexer.core.plans import ModelPlan, Plans, matters
 from kvatlas_indexer.core.residency import Residency
 from kvatlas_indexer.core.stream import Stream
 
@@ -46,9 +46,8 @@ class KvIndex:
         rules: Rules | None = None,
         *,
         on_finding: Callable[[EngineId | None, Finding], None],
-        on_emptied: Callable[[EngineId], None] = lambda engine: None,
+        on_emptied: Callable[[EngineId], None] = lambda engine: None,  # it restarted, or was cleared
     ) -> None:
-        """`on_emptied`: told of engines that restarted or were cleared."""
         self.rules = rules or Rules()
         self.residency = Residency()
         self.refused: Counter[str] = Counter()
@@ -254,11 +253,7 @@ class KvIndex:
                 found += of_profile.match(masks)
             else:
                 unknown += tuple(of_profile.engines)
-        if engines:
-            wanted = frozenset(engines)
-            found = [match for match in found if match.engine in wanted]
-            unknown = tuple(engine for engine in unknown if engine in wanted)
-        return MatchAnswer(tuple(found), unknown)
+        return MatchAnswer(tuple(found), unknown).among(engines)
 
     def holders(self, model: str, key: int) -> tuple[Holder, ...]:
         """Raises `UnknownModel`."""
@@ -292,8 +287,7 @@ class KvIndex:
 
     def _plan(self, model: str) -> ModelPlan:
         self._freshen()
-        plan = self._plans.get(model, (self.residency.version, self._matching_version))
-        if plan is not None:
+        if (plan := self._plans.get(model, (self.residency.version, self._matching_version))) is not None:
             return plan
         serving = self._serving(model)
         return self._plans.keep(model, ModelPlan.of((self._known[view.id], view) for view in serving))
@@ -399,11 +393,6 @@ class KvIndex:
                 self._views[engine] = after
             if after != before:
                 self._fleet = None
-            if _matters(before) != _matters(after):
+            if matters(before) != matters(after):
                 self._matching_version += 1
         self._stale.clear()
-
-
-def _matters(view: EngineView | None) -> object:
-    """What of a view matching rests on."""
-    return view and (view.models, view.health is Health.DOWN, view.profile, view.block_size, view.sync)

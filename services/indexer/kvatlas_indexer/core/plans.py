@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvatlas_common.fleet import EngineView
+from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.known import Known
 from kvatlas_indexer.core.match import Plan
@@ -47,3 +47,8 @@ class Plans:
     def keep(self, model: str, plan: ModelPlan) -> ModelPlan:
         self._models[model] = plan
         return plan
+
+
+def matters(view: EngineView | None) -> object:
+    """What of a view matching rests on."""
+    return view and (view.models, view.health is Health.DOWN, view.profile, view.block_size, view.sync)

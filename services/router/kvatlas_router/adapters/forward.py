@@ -9,7 +9,6 @@ event stream ends with an error event, any other body with a broken connection, 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,14 +23,14 @@ from yarl import URL
 from kvatlas_common.fleet import EngineView
 from kvatlas_common.observations import Outcome
 from kvatlas_router.adapters.asgi import Headers, HttpError, Request, Send
+from kvatlas_router.adapters.results import Results, Watch
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Ticket
 from kvatlas_router.core.choice import Choice, Term
 from kvatlas_router.core.chooser import Chooser
+from kvatlas_router.core.outliers import Fault, fault_of
 from kvatlas_router.core.sse import UsageChunkFilter, cut_event, ended
 from kvatlas_router.core.usage import NO_USAGE, Tail, Usage, read_usage, response_id
-
-log = logging.getLogger(__name__)
 
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer trailers"
@@ -53,7 +52,6 @@ class Patience:
     idle_s: float = 300.0
     total_s: float = 24 * 3600.0
     attempts: int = 3
-    suspect_s: float = 5.0
 
 
 class Listener(Protocol):
@@ -94,19 +92,27 @@ class Job:
 
 
 class _Failed(Exception):
-    """One engine could not answer; another may."""
+    """One engine could not answer; another may. `blamed`: it is the engine's fault."""
 
-    def __init__(self, why: str, text: str) -> None:
+    def __init__(self, why: Fault, text: str, *, blamed: bool = True) -> None:
         super().__init__(text)
         self.why = why
+        self.blamed = blamed
 
 
 class Forwarder:
     """One connection pool for all engines. Nothing in it touches a body, and it neither follows nor stores anything."""
 
-    def __init__(self, patience: Patience, chooser: Chooser, api_key: Callable[[EngineView], SecretStr | None]) -> None:
+    def __init__(
+        self,
+        patience: Patience,
+        chooser: Chooser,
+        results: Results,
+        api_key: Callable[[EngineView], SecretStr | None],
+    ) -> None:
         self._patience = patience
         self._chooser = chooser
+        self._results = results
         self._api_key = api_key
         self._session: aiohttp.ClientSession | None = None
 
@@ -140,58 +146,80 @@ class Forwarder:
             told.term = term
             told.attempts += 1
             sent_at = time.monotonic()
-            try:
-                with self._chooser.send(term, job.ask, sent_at) as ticket:
-                    await self._attempt(job, term, ticket, send, told=told, give_up=give_up, last=not to_try)
-                return
-            except _Failed as failure:
-                told.error = f"{term.engine}: {failure}"
-                if failure.why == "reset" and tried_twice is not term and time.monotonic() - sent_at < _STALE_S:
-                    tried_twice = term
-                    to_try.appendleft(term)
-                else:
-                    self._chooser.books.suspect(term.engine, time.monotonic() + self._patience.suspect_s)
-                    log.warning(
-                        "engine failed", extra={"engine": str(term.engine), "why": failure.why, "error": str(failure)}
-                    )
-                if to_try:
-                    job.listener.retried(failure.why)
-                elif failure.why == "first-byte":
-                    raise HttpError(504, "engine_timeout", told.error) from None
+            entered = self._chooser.send(term, job.ask, sent_at)
+            with entered as ticket, self._results.sent(term.engine) as watch:
+                try:
+                    await self._attempt(job, term, ticket, watch, send, told=told, give_up=give_up, last=not to_try)
+                    return
+                except _Failed as failure:
+                    told.error, why = f"{term.engine}: {failure}", failure.why
+                    if why is Fault.RESET and tried_twice is not term and time.monotonic() - sent_at < _STALE_S:
+                        tried_twice = term
+                        to_try.appendleft(term)
+                    elif failure.blamed:
+                        watch.failed(why, str(failure))
+            if to_try:
+                job.listener.retried(why)
+            elif why is Fault.FIRST_BYTE:
+                raise HttpError(504, "engine_timeout", told.error)
         raise HttpError(502, "engine_unreachable", told.error)
 
     async def _attempt(
-        self, job: Job, term: Term, ticket: Ticket, send: Send, *, told: Forwarded, give_up: float, last: bool
+        self,
+        job: Job,
+        term: Term,
+        ticket: Ticket,
+        watch: Watch,
+        send: Send,
+        *,
+        told: Forwarded,
+        give_up: float,
+        last: bool,
     ) -> None:
         """One engine. Raises `_Failed` only while the client has been sent nothing."""
         job.listener.sent(term)
-        loop = asyncio.get_running_loop()
         response: aiohttp.ClientResponse | None = None
         try:
-            async with asyncio.timeout_at(min(loop.time() + self._patience.first_byte_s, give_up)):
-                response = await self._open(job, term.view)
-                if response.status in _DYING and not last:
-                    raise _Failed("status", f"answered {response.status}")
-                first = await response.content.readany()
-        except TimeoutError as error:
-            if isinstance(error, aiohttp.ServerTimeoutError):
-                raise _Failed("connect", f"no connection within {self._patience.connect_s:g} s") from None
-            raise _Failed("first-byte", f"no first byte within {self._patience.first_byte_s:g} s") from None
-        except aiohttp.ClientConnectorError as error:
-            raise _Failed("connect", str(error)) from None
-        except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError) as error:
-            raise _Failed("reset", f"connection lost before the first byte: {error!r}") from None
-        except aiohttp.ClientError as error:
-            raise _Failed("garbage", f"no HTTP answer: {error!r}"[:200]) from None
-        else:
+            response, first = await self._first_byte(job, term, give_up, last)
             ticket.started(time.monotonic())
+            if fault := fault_of(response.status):
+                watch.failed(fault, f"answered {response.status}")
+            else:
+                watch.began()
             job.listener.first_byte(term)
             await _PassOn(job, term, response, told, self._patience.idle_s, give_up).run(first, send)
-            if told.outcome is Outcome.OK:
-                ticket.ended(time.monotonic(), told.usage.cached_tokens, told.usage.completion_tokens)
+            if told.outcome is not Outcome.CUT:
+                watch.answered()
+                if told.outcome is Outcome.OK:
+                    ticket.ended(time.monotonic(), told.usage.cached_tokens, told.usage.completion_tokens)
+            elif asyncio.get_running_loop().time() < give_up:
+                watch.failed(Fault.CUT, told.error)
         finally:
             if response is not None:
                 response.close()  # does nothing when the response was read to its end
+
+    async def _first_byte(
+        self, job: Job, term: Term, give_up: float, last: bool
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """The response and the first piece of its body. Raises `_Failed`."""
+        patience = self._patience
+        until = asyncio.get_running_loop().time() + patience.first_byte_s
+        response: aiohttp.ClientResponse | None = None
+        try:
+            async with asyncio.timeout_at(min(until, give_up)):
+                response = await self._open(job, term.view)
+                if response.status in _DYING and not last:
+                    raise _Failed(Fault.STATUS, f"answered {response.status}")
+                return response, await response.content.readany()
+        except BaseException as error:
+            if response is not None:
+                response.close()
+            if isinstance(error, TimeoutError) and not isinstance(error, aiohttp.ServerTimeoutError):
+                text = f"no first byte within {patience.first_byte_s:g} s"
+                raise _Failed(Fault.FIRST_BYTE, text, blamed=until <= give_up) from None
+            if isinstance(error, aiohttp.ClientError):
+                raise _failure(error, patience.connect_s) from None
+            raise
 
     async def _open(self, job: Job, view: EngineView) -> aiohttp.ClientResponse:
         assert self._session is not None, "not started"
@@ -278,6 +306,16 @@ class _PassOn:
         named = {n.strip().lower() for k, v in raw if k == b"connection" for n in v.split(b",")}
         kept = [(k, v) for k, v in raw if k not in HOP_BY_HOP and k not in named and k != b"x-request-id"]
         return [*kept, *self.job.response_headers(self.term)]
+
+
+def _failure(error: aiohttp.ClientError, connect_s: float) -> _Failed:
+    if isinstance(error, aiohttp.ServerTimeoutError):
+        return _Failed(Fault.CONNECT, f"no connection within {connect_s:g} s")
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return _Failed(Fault.CONNECT, str(error))
+    if isinstance(error, aiohttp.ClientConnectionError | aiohttp.ClientPayloadError):
+        return _Failed(Fault.RESET, f"connection lost before the first byte: {error!r}")
+    return _Failed(Fault.GARBAGE, f"no HTTP answer: {error!r}"[:200])
 
 
 def _unforwarded(request: Request) -> frozenset[bytes]:

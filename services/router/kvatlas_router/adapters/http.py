@@ -30,6 +30,7 @@ from kvatlas_router.adapters.asgi import (
 from kvatlas_router.adapters.decide import Asked, Decider, Decision, Lookup, UnknownModel
 from kvatlas_router.adapters.exchange import Exchange
 from kvatlas_router.adapters.forward import Forwarder, Job
+from kvatlas_router.adapters.gate import Gate
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.body import Body, InvalidBody
 from kvatlas_router.core.choice import NoEngine
@@ -85,6 +86,7 @@ class PublicApi:
         rules: HttpRules,
         fleet: Callable[[], Fleet],
         decider: Decider,
+        gate: Gate,
         forwarder: Forwarder,
         homes: ResponseHomes,
         metrics: Metrics,
@@ -95,6 +97,7 @@ class PublicApi:
         self._rules = rules
         self._fleet = fleet
         self._decider = decider
+        self._gate = gate
         self._forwarder = forwarder
         self._homes = homes
         self._metrics = metrics
@@ -164,7 +167,15 @@ class PublicApi:
     async def _forward(self, request: Request, lookup: Lookup, receive: Receive, send: Send) -> None:
         request.body = await read_body(request, receive, self._rules.body_bytes_max, self._rules.body_timeout_s)
         body = self._body(request, lookup)
-        decision = await self._decide(request, lookup, body)
+        asked = Asked(request.path, lookup, body, self._session(request), self._labels(request))
+        place = await self._gate.enter(asked, receive)
+        try:
+            decision = await self._decide(asked)
+        finally:
+            self._gate.release(place)  # nothing else runs before the forwarder has entered it in the books
+        await self._answer(request, body, decision, receive, send)
+
+    async def _answer(self, request: Request, body: Body, decision: Decision, receive: Receive, send: Send) -> None:
         exchange = Exchange(request, decision, self._metrics, self._observe)
         job = self._job(request, body, exchange)
         told = exchange.told
@@ -198,11 +209,9 @@ class PublicApi:
             raise HttpError(400, "invalid_request_error", why)
         return body
 
-    async def _decide(self, request: Request, lookup: Lookup, body: Body) -> Decision:
+    async def _decide(self, asked: Asked) -> Decision:
         try:
-            decision = await self._decider.decide(
-                Asked(request.path, lookup, body, self._session(request), self._labels(request))
-            )
+            decision = await self._decider.decide(asked)
         except UnknownModel as error:
             served = ", ".join(error.served[:20])
             why = f"The model `{error.model[:128]}` does not exist. Served here: {served}"

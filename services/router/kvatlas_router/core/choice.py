@@ -14,7 +14,8 @@ from typing import NamedTuple
 from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
-from kvatlas_router.core.cost import WEIGHTS, Ahead, Cost, Weights, cost_of
+from kvatlas_router.core.cost import NOTHING, WEIGHTS, Ahead, Cost, Weights, cost_of
+from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.rates import PRIOR, Speed
 
 
@@ -40,7 +41,8 @@ class Standing(IntEnum):
 
     READY = 0
     UNKNOWN = 1
-    SUSPECT = 2  # it has failed requests of ours
+    SUSPECT = 2  # it has just failed a request of ours
+    EJECTED = 3  # it has failed too many
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +60,10 @@ class Candidate(NamedTuple):
     """One engine a request may go to, and what is there: of this router, of the others, and of nobody we know.
 
     `known`: the index (or the history) can speak of it; then no `match` means it holds nothing. `block_size`: tokens in
-    a block of `match`. `expected_blocks`: what it would hold once all that was sent there is computed. `pending`
-    requests have no first token yet, `queued_tokens` are what their prompts have still to compute; `late_s`, how much
-    longer than expected the oldest takes. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: not known. `caution`: 1, or more
-    for an engine that is to be loaded slowly.
+    a block of `match`. `expected_blocks`: what it would hold once all that was sent there is computed. `share`: what it
+    takes of its part of the load; an engine that starts slowly takes less than 1.
 
-    A tuple, as `Term` is, because a choice makes one of each per engine.
+    A tuple, as all that a choice makes for every engine.
     """
 
     view: EngineView
@@ -71,48 +71,43 @@ class Candidate(NamedTuple):
     known: bool = False
     block_size: int = 0
     expected_blocks: int = 0
-    queued_tokens: int = 0
-    pending: int = 0
-    decoding: int = 0
-    late_s: float = 0.0
+    ahead: Ahead = NOTHING
     last_used: float = float("-inf")
-    kv_usage: float = 0.0
-    kv_tokens: int = 0
     speed: Speed = PRIOR
-    caution: float = 1.0
-    suspect: bool = False
-
-    @property
-    def in_flight(self) -> int:
-        return self.pending + self.decoding
+    share: float = 1.0
+    trust: Trust = Trust.FULL
 
     @property
     def standing(self) -> Standing:
-        if self.suspect:
-            return Standing.SUSPECT
+        if self.trust is not Trust.FULL:
+            return Standing.EJECTED if self.trust is Trust.EJECTED else Standing.SUSPECT
         return Standing.READY if self.view.health is Health.READY else Standing.UNKNOWN
 
 
 class Term(NamedTuple):
     """What one engine weighed in a choice. `cached_tokens` is the prediction; None: nothing is known of its cache."""
 
-    view: EngineView
-    standing: Standing
+    candidate: Candidate
     cached_tokens: int | None
     to_compute: int  # prompt tokens it will neither hold nor be computing when their turn comes
-    queued_tokens: int
-    pending: int
-    decoding: int
+    transferred: tuple[tuple[Medium, int], ...]  # cached tokens on slower media
     cost: Cost
-    transferred: tuple[tuple[Medium, int], ...] = ()  # cached tokens on slower media
+
+    @property
+    def view(self) -> EngineView:
+        return self.candidate.view
 
     @property
     def engine(self) -> EngineId:
-        return self.view.id
+        return self.candidate.view.id
 
     @property
-    def in_flight(self) -> int:
-        return self.pending + self.decoding
+    def standing(self) -> Standing:
+        return self.candidate.standing
+
+    @property
+    def ahead(self) -> Ahead:
+        return self.candidate.ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,45 +150,32 @@ def ordered(
     for number, candidate in enumerate(candidates):
         if candidate.view.health is not Health.DOWN:
             term = term_of(candidate, prompt_tokens, answer_tokens, weights)
-            ranked.append((term.standing, rank(candidate, term), candidate.last_used, number, term))
+            ranked.append((candidate.standing, rank(candidate, term), candidate.last_used, number, term))
     if not ranked:
         raise NoEngine("no engine is up")
     ranked.sort()
     return Choice(tuple(row[-1] for row in ranked), reason)
 
 
+NOTHING_MOVED: tuple[tuple[Medium, int], ...] = ()
+
+
 def term_of(candidate: Candidate, prompt_tokens: int, answer_tokens: float, weights: Weights) -> Term:
-    match, size = candidate.match, candidate.block_size
-    blocks = match.blocks if match else 0
-    held = min(max(candidate.expected_blocks, blocks) * size, prompt_tokens)
-    transferred = () if match is None or len(match.media) == (Medium.GPU in match.media) else _slower(match, size)
+    match, size, held_blocks = candidate.match, candidate.block_size, candidate.expected_blocks
+    blocks, transferred = 0, NOTHING_MOVED
+    if match is not None:
+        blocks = match.blocks
+        held_blocks = max(held_blocks, blocks)
+        if len(match.media) != (Medium.GPU in match.media):
+            transferred = tuple((m, n * size) for m, n in match.media.items() if m is not Medium.GPU)
+    to_compute = max(prompt_tokens - held_blocks * size, 0)
     cost = cost_of(
         candidate.speed,
-        prompt_tokens - held,
-        Ahead(
-            candidate.queued_tokens,
-            candidate.pending,
-            candidate.decoding,
-            candidate.late_s,
-            candidate.kv_usage,
-            candidate.kv_tokens,
-        ),
+        to_compute,
+        candidate.ahead,
         transferred=transferred,
         answer_tokens=answer_tokens,
         weights=weights,
     )
-    return Term(
-        candidate.view,
-        candidate.standing,
-        min(blocks * size, prompt_tokens) if candidate.known else None,
-        prompt_tokens - held,
-        candidate.queued_tokens,
-        candidate.pending,
-        candidate.decoding,
-        cost,
-        transferred,
-    )
-
-
-def _slower(match: EngineMatch, block_size: int) -> tuple[tuple[Medium, int], ...]:
-    return tuple((medium, blocks * block_size) for medium, blocks in match.media.items() if medium is not Medium.GPU)
+    cached = min(blocks * size, prompt_tokens) if candidate.known else None
+    return Term(candidate, cached, to_compute, transferred, cost)

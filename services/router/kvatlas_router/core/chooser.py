@@ -3,7 +3,7 @@
 `choose` weighs the engines as they stand; `send` enters the request at the engine it goes to; what its `Ticket` is told
 until it is closed feeds the books (what is in flight where), the rates (how fast each engine is) and the history of the
 last moments (what each engine will hold once it has computed what it was sent, so that requests that share a prefix
-nobody holds yet land together).
+nobody holds yet land together). How engines fail and come back is told to `outliers` and `slow_start` by who forwards.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from kvatlas_common.words import EngineId
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Books, Ticket
 from kvatlas_router.core.choice import Candidate, Choice, Term
-from kvatlas_router.core.foreign import ForeignTraffic
+from kvatlas_router.core.cost import Ahead
+from kvatlas_router.core.foreign import NOBODY, ForeignTraffic
+from kvatlas_router.core.outliers import Outliers
 from kvatlas_router.core.policies import Needs, Policy, Situation
 from kvatlas_router.core.prompt import ESTIMATE
 from kvatlas_router.core.rates import Rates, Served
+from kvatlas_router.core.slow_start import SlowStart
 
 BURST_S = 10.0
 """How long a prompt counts as held after it was sent, or its first token came, if no event says so."""
@@ -31,9 +34,13 @@ NO_LOAD = Load()
 class Chooser:
     """`chance` draws from [0, 1). Times are seconds of one monotonic clock, given by the caller."""
 
-    def __init__(self, chance: Callable[[], float], rates: Rates | None = None) -> None:
+    def __init__(
+        self, chance: Callable[[], float], *, outliers: Outliers | None = None, slow_start: SlowStart | None = None
+    ) -> None:
         self.books = Books()
-        self.rates = rates or Rates()
+        self.rates = Rates()
+        self.outliers = outliers or Outliers()
+        self._slow_start = slow_start or SlowStart(0.0)
         self._chance = chance
         self._foreign = ForeignTraffic()
         self._lately = RoutingHistory(lifetime_s=BURST_S, blocks_max=BURST_BLOCKS_MAX)
@@ -49,8 +56,6 @@ class Chooser:
         answer: MatchAnswer | None,
         now: float,
         cause: str | None = None,
-        suspects: Collection[EngineId] = (),
-        caution: Mapping[EngineId, float] | None = None,
     ) -> Choice | None:
         """None: the policy has no answer. `answer`: None where the policy needs none. Raises `NoEngine`."""
         lately = self._expected(ask, now) if answer is not None else {}
@@ -66,8 +71,6 @@ class Chooser:
                 known=answer is not None and (view.id in matches if guessed else _is_known(view, ask, unknown)),
                 block_size=_block_size(view, ask),
                 lately=lately.get(view.id, 0),
-                suspect=view.id in suspects,
-                caution=caution.get(view.id, 1.0) if caution else 1.0,
             )
             for view in views
         ]
@@ -92,9 +95,9 @@ class Chooser:
                 Served(
                     engine,
                     first_token_s=ticket.first_token_s,
-                    ahead=term.queued_tokens,
+                    ahead=term.ahead.queued_tokens,
                     computed=computed,
-                    decoding=term.decoding,
+                    decoding=term.ahead.decoding,
                     completion_tokens=ticket.completion_tokens,
                     decode_total_s=ticket.ended_at - ticket.sent_at - ticket.first_token_s,
                     decoding_at_end=self.books.of(engine, ticket.ended_at).decoding,
@@ -127,29 +130,26 @@ class Chooser:
         known: bool,
         block_size: int,
         lately: int,
-        suspect: bool,
-        caution: float,
     ) -> Candidate:
         speed = self.rates.of(view.id)
         ours, others = self.books.of(view.id, now, speed.token_s), load.others
         pending, decoding = ours.pending + others.prefilling, ours.decoding + others.decoding
+        queued = ours.queued_tokens + others.prefill_tokens
         foreign = self._foreign.at(view.id, load, pending + decoding)
+        if foreign is not NOBODY:
+            pending, decoding = pending + foreign.waiting, decoding + foreign.running
+            queued += int(foreign.waiting * self._prompt_tokens)
         return Candidate(
             view,
             match,
             known,
             block_size,
-            max(match.expected if match else 0, lately),
-            ours.queued_tokens + others.prefill_tokens + int(foreign.waiting * self._prompt_tokens),
-            pending + foreign.waiting,
-            decoding + foreign.running,
-            ours.late_s,
+            match.expected if match is not None and match.expected > lately else lately,
+            Ahead(queued, pending, decoding, ours.late_s, load.kv_usage, view.kv_tokens or 0),
             ours.last_used,
-            load.kv_usage,
-            view.kv_tokens or 0,
             speed,
-            caution,
-            suspect,
+            self._slow_start.share(view.id, now),
+            self.outliers.trust(view.id, now),
         )
 
     def _expected(self, ask: Ask, now: float) -> Mapping[EngineId, int]:
@@ -161,7 +161,7 @@ class Chooser:
 
 def _is_known(view: EngineView, ask: Ask, unknown: Collection[EngineId]) -> bool:
     """Whether the answer speaks of the engine: it was asked about with the engine's own profile, and is not unknown."""
-    return view.known_empty or (view.profile in ask.keys and view.id not in unknown)
+    return view.id not in unknown if view.profile in ask.keys else view.known_empty
 
 
 def _profile(view: EngineView, ask: Ask) -> str:

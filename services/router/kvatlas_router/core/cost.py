@@ -55,7 +55,7 @@ class Cost(NamedTuple):
 
     @property
     def total_ms(self) -> float:
-        return self.ttft_ms + self.others_ms
+        return self.queue_ms + self.compute_ms + self.transfer_ms + self.decode_ms + self.others_ms
 
     def __str__(self) -> str:
         named = zip(self._fields, self, strict=True)
@@ -63,7 +63,11 @@ class Cost(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """What is at an engine already. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: the size is not known."""
+    """What is at an engine already.
+
+    `pending` requests have no first token yet, `queued_tokens` are what their prompts have still to compute; `late_s`,
+    how much longer than expected the oldest takes. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: the size is not known.
+    """
 
     queued_tokens: int = 0
     pending: int = 0
@@ -71,6 +75,10 @@ class Ahead(NamedTuple):
     late_s: float = 0.0
     kv_usage: float = 0.0
     kv_tokens: int = 0
+
+    @property
+    def in_flight(self) -> int:
+        return self.pending + self.decoding
 
 
 NOTHING = Ahead()
@@ -89,19 +97,20 @@ def cost_of(
     decoding = ahead.decoding
     own_s = to_compute * speed.token_s
     step_s = speed.step_s + decoding * speed.decode_s
-    queue_s = speed.prefill_s(ahead.queued_tokens, decoding) + ahead.late_s
+    queue_s = ahead.late_s + (speed.prefill_s(ahead.queued_tokens, decoding) if ahead.queued_tokens else 0.0)
     others_s = (weights.decoder * decoding + weights.space) * own_s
     others_s += weights.crowd * answer_tokens * speed.decode_s * 2 * (decoding + ahead.pending)
     if ahead.kv_tokens:
         wanted = ahead.queued_tokens + to_compute + (ahead.pending + 1) * answer_tokens / 2
         full = ahead.kv_usage + wanted / ahead.kv_tokens
-        others_s += weights.squeeze_s * min(full, FULL) / (1 - min(full, FULL))
         if full > FULL:  # all that is in use becomes free within the time an answer takes
             queue_s += (full - FULL) * answer_tokens * step_s
+            full = FULL
+        others_s += weights.squeeze_s * full / (1 - full)
     return Cost(
-        queue_ms=1000 * queue_s,
-        compute_ms=1000 * (own_s + speed.overhead_s),
-        transfer_ms=1000 * sum(speed.transfer_s(medium) * tokens for medium, tokens in transferred),
-        decode_ms=1000 * step_s * (0.5 + to_compute / CHUNK_TOKENS),
-        others_ms=1000 * others_s,
+        1000 * queue_s,
+        1000 * (own_s + speed.overhead_s),
+        1000 * sum(speed.transfer_s(medium) * tokens for medium, tokens in transferred) if transferred else 0.0,
+        1000 * step_s * (0.5 + to_compute / CHUNK_TOKENS),
+        1000 * others_s,
     )

@@ -51,7 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
         },
     ),
 }
-EXACT = {"tiny", "overlapping", "not special", "normalized", "every piece"}
+EXACT = sorted({"tiny", "overlapping", "not special", "normalized", "every piece"})
 MARKS = [
     "<|im_start|>",
     "<|im_end|>",

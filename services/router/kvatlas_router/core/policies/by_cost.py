@@ -41,12 +41,12 @@ class Estimate:
 
 def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float, weights: Weights) -> Choice:
     def cost(candidate: Candidate, term: Term) -> int:
-        return round(term.cost.total_ms * candidate.caution)
+        return round(term.cost.total_ms / candidate.share)
 
     def noisy(candidate: Candidate, term: Term) -> float:
         # The Gumbel trick: the smallest of costs so shifted is a draw from their softmax.
         shift = temperature_ms * math.log(-math.log(max(situation.chance(), 1e-300)) or 1e-300)
-        return term.cost.total_ms * candidate.caution + shift
+        return term.cost.total_ms / candidate.share + shift
 
     rank = noisy if temperature_ms > 0 else cost
     return ordered(

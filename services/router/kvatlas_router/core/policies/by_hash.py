@@ -45,13 +45,13 @@ def _by_name(situation: Situation, strategy: Strategy, name: bytes, home: Engine
     if not name and home is None:
         return None
     candidates = situation.candidates
-    mean = (sum(c.in_flight for c in candidates) + 1) / max(len(candidates), 1)
+    mean = (sum(c.ahead.in_flight for c in candidates) + 1) / max(len(candidates), 1)
     limit = OVERLOAD * mean + OVERLOAD_SLACK
     return ordered(
         candidates,
         situation.ask.prompt_tokens,
         Reason(strategy, situation.cause),
-        lambda c, _: (c.view.id != home, c.in_flight > limit, -rendezvous(name, c.view.id)),
+        lambda c, _: (c.view.id != home, c.ahead.in_flight > limit, -rendezvous(name, c.view.id)),
     )
 
 

@@ -21,4 +21,4 @@ class LeastLoad:
 
 
 def load_of(candidate: Candidate, _: Term) -> tuple[float, int]:
-    return (candidate.in_flight + 1) * candidate.caution, candidate.queued_tokens
+    return (candidate.ahead.in_flight + 1) / candidate.share, candidate.ahead.queued_tokens
