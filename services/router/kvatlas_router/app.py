@@ -89,13 +89,13 @@ class Router:
         gate = self._gate = Gate(
             Admission(AdmissionRules(settings.queue_max, settings.queue_deadline_s)),
             Pressure(_pressure_rules(settings)),
-            fleet=lambda: self.fleet.fleet,
+            decider=decider,
             loads=self.index.loads,
-            chooser=chooser,
             metrics=metrics,
             clock=time.monotonic,
         )
         results.on_change = gate.poke
+        self.index.on_load = gate.load_told
         self._api = PublicApi(
             rules=_rules(settings),
             fleet=lambda: self.fleet.fleet,
