@@ -6,7 +6,6 @@ Nothing here decides anything: objects are made once, in order, and handed to ea
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import random
@@ -17,6 +16,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
+from kvatlas_common.lasting import keep_what_is_built
 from kvatlas_common.logs import LimitedLog
 from kvatlas_router.adapters.admin import build_admin
 from kvatlas_router.adapters.decide import Decider
@@ -168,8 +168,7 @@ class Router:
             loop.add_signal_handler(number, stop)
         try:
             await self.start()
-            gc.collect()
-            gc.freeze()  # what is loaded by now stays: to walk it is a pause of 30 ms and more for all requests
+            keep_what_is_built()
             await asked.wait()
             await self.stop(self._settings.drain_delay_s)
         finally:
