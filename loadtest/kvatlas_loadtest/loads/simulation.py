@@ -220,7 +220,7 @@ class Simulation:
             engine = self.engines[flight.left.pop(0)]
             flight.retries += 1
             if not engine.up:
-                self._routers[flight.router].failed(engine.id, now)
+                self._routers[flight.router].refused(engine.id, now)
                 continue
             request = self._request(flight)
             try:
@@ -278,6 +278,8 @@ class Simulation:
         cached, output = request.cached_tokens or 0, len(request.tokens) - len(request.prompt)
         if ending is Ending.OK:
             ticket.ended(now, cached, output)
+        else:
+            ticket.failed(now)
         ticket.close()
         change = Flying(-1, 0 if flight.told else -flight.uncached, -flight.blocks)
         self._books.change(flight.router, engine, change, now)
@@ -346,8 +348,6 @@ class Simulation:
 
     def _cut(self, flight: _Flight, now: float) -> None:
         """Its engine has died: before the first token it is tried elsewhere, afterwards the answer is cut."""
-        assert flight.engine is not None
-        self._routers[flight.router].failed(flight.engine, now)
         begun = flight.first_s is not None
         self._leave(flight, now, Ending.CUT if begun else Ending.ERROR)
         if begun:
