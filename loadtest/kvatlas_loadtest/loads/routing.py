@@ -101,6 +101,11 @@ class Decider(Protocol):
         """Whether it matters what the engines say of their caches."""
         ...
 
+    @property
+    def needs_reports(self) -> bool:
+        """Whether it matters, with one router, what that has told the index of its requests."""
+        ...
+
     def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
         """None: there is no engine."""
         ...
@@ -124,6 +129,10 @@ class ByCore:
     @property
     def needs_events(self) -> bool:
         return self._policies[0].needs is Needs.INDEX
+
+    @property
+    def needs_reports(self) -> bool:
+        return self._policies[0].needs is not Needs.NOTHING
 
     def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
         self._see(known.views, now)
@@ -203,6 +212,10 @@ class ByRule:
     @property
     def needs_events(self) -> bool:
         return self.rule.needs_index
+
+    @property
+    def needs_reports(self) -> bool:
+        return False
 
     def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
         if not known.views:
