@@ -80,7 +80,7 @@ def _weighed(term: Term, decision: Decision) -> Mapping[str, Any]:
     match = next((m for m in answer.matches if m.engine == term.engine), None) if answer else None
     return {
         "engine": str(term.engine),
-        "standing": term.standing.name.lower(),
+        "standing": term.state.standing.name.lower(),
         "health": term.view.health,
         "sync": term.view.sync,
         "profile": term.view.profile,

@@ -71,7 +71,7 @@ class Gate:
         line = Line(model, labels)
         found = self._admission.ask(line, self._trusted(views), self._free, came_at)
         if isinstance(found, Waiter):
-            self._log.info(f"waits {model}", "requests wait: all engines are saturated", model=model[:128])
+            self._log.info(f"waits {model[:128]}", "requests wait: all engines are saturated", model=model[:128])
             found = await self._turn(found, receive)
             self._metrics.queue_wait.observe(self._clock() - came_at)
         if isinstance(found, Shed):
@@ -106,8 +106,9 @@ class Gate:
         self._closed = True
         now = self._clock()
         for waiter in self._admission.waiters():
-            shed = self._admission.give_up(waiter, Cause.DRAINING, now)
-            self._parked[waiter].set_exception(self._refused(waiter.line.model, shed))
+            if not self._parked[waiter].done():
+                shed = self._admission.give_up(waiter, Cause.DRAINING, now)
+                self._parked[waiter].set_exception(self._refused(waiter.line.model, shed))
 
     def _free(self, engine: EngineId) -> int:
         now = self._clock()
@@ -165,7 +166,7 @@ class Gate:
     def _refused(self, model: str, shed: Shed) -> HttpError:
         self._metrics.shed.labels(shed.cause).inc()
         self._log.warning(
-            f"{shed.cause} {model}",
+            f"{shed.cause} {model[:128]}",
             "request turned away",
             cause=str(shed.cause),
             model=model[:128],

@@ -84,33 +84,45 @@ class Ahead(NamedTuple):
 NOTHING = Ahead()
 
 
-def cost_of(
-    speed: Speed,
-    to_compute: int,
-    ahead: Ahead = NOTHING,
-    *,
-    transferred: Sequence[tuple[Medium, int]] = (),
-    answer_tokens: float = 0.0,
-    weights: Weights = WEIGHTS,
-) -> Cost:
-    """`transferred`: cached tokens by medium. `answer_tokens`: how long answers are, on average."""
-    decoding = ahead.decoding
-    own_s = to_compute * speed.token_s
-    step_s = speed.step_s + decoding * speed.decode_s
-    queue_s = ahead.late_s + (speed.prefill_s(ahead.queued_tokens, decoding) if ahead.queued_tokens else 0.0)
-    others_s = (weights.decoder * decoding + weights.space) * own_s
-    others_s += weights.crowd * answer_tokens * speed.decode_s * 2 * (decoding + ahead.pending)
-    if ahead.kv_tokens:
-        wanted = ahead.queued_tokens + to_compute + (ahead.pending + 1) * answer_tokens / 2
-        full = ahead.kv_usage + wanted / ahead.kv_tokens
-        if full > FULL:  # all that is in use becomes free within the time an answer takes
-            queue_s += (full - FULL) * answer_tokens * step_s
-            full = FULL
-        others_s += weights.squeeze_s * full / (1 - full)
-    return Cost(
-        1000 * queue_s,
-        1000 * (own_s + speed.overhead_s),
-        1000 * sum(speed.transfer_s(medium) * tokens for medium, tokens in transferred) if transferred else 0.0,
-        1000 * step_s * (0.5 + to_compute / CHUNK_TOKENS),
-        1000 * others_s,
-    )
+class Quote:
+    """What any request would cost on an engine as it stands: all that does not depend on the request, worked out once.
+
+    `answer_tokens`: how long answers are, on average.
+    """
+
+    __slots__ = ("_answer_s", "_fixed_s", "_full", "_kv_tokens", "_own_others", "_queue_s", "_speed",
+                 "_squeeze_s", "_step_s")  # fmt: skip
+
+    def __init__(
+        self, speed: Speed, ahead: Ahead = NOTHING, answer_tokens: float = 0.0, weights: Weights = WEIGHTS
+    ) -> None:
+        decoding = ahead.decoding
+        self._speed = speed
+        self._step_s = speed.step_s + decoding * speed.decode_s
+        self._queue_s = ahead.late_s + speed.prefill_s(ahead.queued_tokens, decoding)
+        self._answer_s = answer_tokens * self._step_s
+        self._own_others = weights.decoder * decoding + weights.space
+        self._fixed_s = weights.crowd * answer_tokens * speed.decode_s * 2 * ahead.in_flight
+        self._squeeze_s = weights.squeeze_s
+        self._kv_tokens = ahead.kv_tokens
+        wanted = ahead.queued_tokens + (ahead.pending + 1) * answer_tokens / 2
+        self._full = ahead.kv_usage + wanted / ahead.kv_tokens if ahead.kv_tokens else 0.0
+
+    def cost(self, to_compute: int, transferred: Sequence[tuple[Medium, int]] = ()) -> Cost:
+        """Of a request that would have so many tokens computed, and so many brought from slower media."""
+        speed, queue_s = self._speed, self._queue_s
+        own_s = to_compute * speed.token_s
+        others_s = self._fixed_s + self._own_others * own_s
+        if self._kv_tokens:
+            full = self._full + to_compute / self._kv_tokens
+            if full > FULL:  # all that is in use becomes free within the time an answer takes
+                queue_s += (full - FULL) * self._answer_s
+                full = FULL
+            others_s += self._squeeze_s * full / (1 - full)
+        return Cost(
+            1000 * queue_s,
+            1000 * (own_s + speed.overhead_s),
+            1000 * sum(speed.transfer_s(medium) * tokens for medium, tokens in transferred) if transferred else 0.0,
+            1000 * self._step_s * (0.5 + to_compute / CHUNK_TOKENS),
+            1000 * others_s,
+        )

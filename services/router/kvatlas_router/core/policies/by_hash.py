@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kvatlas_common.words import EngineId
-from kvatlas_router.core.choice import Choice, Reason, Strategy, ordered
+from kvatlas_router.core.choice import Choice, Strategy
 from kvatlas_router.core.policies.base import Needs, Situation
 
 OVERLOAD = 1.25
@@ -47,11 +47,8 @@ def _by_name(situation: Situation, strategy: Strategy, name: bytes, home: Engine
     candidates = situation.candidates
     mean = (sum(c.ahead.in_flight for c in candidates) + 1) / max(len(candidates), 1)
     limit = OVERLOAD * mean + OVERLOAD_SLACK
-    return ordered(
-        candidates,
-        situation.ask.prompt_tokens,
-        Reason(strategy, situation.cause),
-        lambda c, _: (c.view.id != home, c.ahead.in_flight > limit, -rendezvous(name, c.view.id)),
+    return situation.ordered(
+        strategy, lambda c: (c.view.id != home, c.ahead.in_flight > limit, -rendezvous(name, c.view.id))
     )
 
 
