@@ -6,7 +6,7 @@ A `Choice` carries its reason and the terms of every engine that was considered:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import NamedTuple, overload
@@ -150,19 +150,16 @@ class Term(NamedTuple):
         return self.state.ahead
 
 
-def cost_of(candidate: Candidate, prompt_tokens: int) -> Cost:
-    """`prompt_tokens` known or estimated."""
-    return candidate.state.quote.cost(candidate.to_compute(prompt_tokens), candidate.transferred())
-
-
 def term_of(candidate: Candidate, prompt_tokens: int) -> Term:
+    """`prompt_tokens` known or estimated."""
     held = candidate.match.blocks * candidate.block_size if candidate.match else 0
+    to_compute, transferred = candidate.to_compute(prompt_tokens), candidate.transferred()
     return Term(
         candidate.state,
         min(held, prompt_tokens) if candidate.known else None,
-        candidate.to_compute(prompt_tokens),
-        candidate.transferred(),
-        cost_of(candidate, prompt_tokens),
+        to_compute,
+        transferred,
+        candidate.state.quote.cost(to_compute, transferred),
     )
 
 
@@ -205,17 +202,13 @@ class NoEngine(LookupError):
     """No engine that may be tried serves the model."""
 
 
-Rank = Callable[[Candidate], object]
-
-
-def ordered(candidates: Sequence[Candidate], prompt_tokens: int, reason: Reason, rank: Rank) -> Choice:
-    """The lowest rank first within each standing; of those that rank alike, the least recently used.
-
-    `prompt_tokens` known or estimated. Raises `NoEngine` when there is none.
+def ordered(candidates: Sequence[Candidate], prompt_tokens: int, reason: Reason, ranks: Iterable[object]) -> Choice:
+    """The lowest of `ranks`, one per candidate, first within each standing; of those that rank alike, the least
+    recently used. `prompt_tokens` known or estimated. Raises `NoEngine` when there is none.
     """
     ranked = [
-        (state.standing, rank(candidate), state.last_used, number, candidate)
-        for number, candidate in enumerate(candidates)
+        (state.standing, rank, state.last_used, number, candidate)
+        for number, (candidate, rank) in enumerate(zip(candidates, ranks, strict=True))
         if (state := candidate.state).standing is not Standing.DOWN
     ]
     if not ranked:

@@ -38,6 +38,9 @@ class Weights:
 
 WEIGHTS = Weights()
 
+Transferred = Sequence[tuple[Medium, int]]
+"""Cached tokens by the slower medium they are on."""
+
 
 class Cost(NamedTuple):
     """All in milliseconds."""
@@ -87,11 +90,12 @@ NOTHING = Ahead()
 class Quote:
     """What any request would cost on an engine as it stands: all that does not depend on the request, worked out once.
 
-    `answer_tokens`: how long answers are, on average.
+    But for the room in the KV cache, a cost is a straight line over the tokens to compute. `answer_tokens`: how long
+    answers are, on average.
     """
 
-    __slots__ = ("_answer_s", "_fixed_s", "_full", "_kv_tokens", "_own_others", "_queue_s", "_speed",
-                 "_squeeze_s", "_step_s")  # fmt: skip
+    __slots__ = ("_answer_s", "_crowd_s", "_flat_s", "_full", "_kv_tokens", "_own_others", "_queue_s", "_slope_s",
+                 "_speed", "_squeeze_s", "_step_s")  # fmt: skip
 
     def __init__(
         self, speed: Speed, ahead: Ahead = NOTHING, answer_tokens: float = 0.0, weights: Weights = WEIGHTS
@@ -102,27 +106,39 @@ class Quote:
         self._queue_s = ahead.late_s + speed.prefill_s(ahead.queued_tokens, decoding)
         self._answer_s = answer_tokens * self._step_s
         self._own_others = weights.decoder * decoding + weights.space
-        self._fixed_s = weights.crowd * answer_tokens * speed.decode_s * 2 * ahead.in_flight
+        self._crowd_s = weights.crowd * answer_tokens * speed.decode_s * 2 * ahead.in_flight
         self._squeeze_s = weights.squeeze_s
         self._kv_tokens = ahead.kv_tokens
         wanted = ahead.queued_tokens + (ahead.pending + 1) * answer_tokens / 2
         self._full = ahead.kv_usage + wanted / ahead.kv_tokens if ahead.kv_tokens else 0.0
+        self._flat_s = self._queue_s + speed.overhead_s + self._step_s / 2 + self._crowd_s
+        self._slope_s = speed.token_s * (1 + self._own_others) + self._step_s / CHUNK_TOKENS
 
-    def cost(self, to_compute: int, transferred: Sequence[tuple[Medium, int]] = ()) -> Cost:
+    def total_ms(self, to_compute: int, transferred: Transferred = ()) -> float:
+        """`cost(...).total_ms`, in half the time."""
+        wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
+        moved_s = self._moved_s(transferred) if transferred else 0.0
+        return 1000 * (self._flat_s + self._slope_s * to_compute + moved_s + wait_s + squeeze_s)
+
+    def cost(self, to_compute: int, transferred: Transferred = ()) -> Cost:
         """Of a request that would have so many tokens computed, and so many brought from slower media."""
-        speed, queue_s = self._speed, self._queue_s
-        own_s = to_compute * speed.token_s
-        others_s = self._fixed_s + self._own_others * own_s
-        if self._kv_tokens:
-            full = self._full + to_compute / self._kv_tokens
-            if full > FULL:  # all that is in use becomes free within the time an answer takes
-                queue_s += (full - FULL) * self._answer_s
-                full = FULL
-            others_s += self._squeeze_s * full / (1 - full)
+        wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
+        own_s = to_compute * self._speed.token_s
         return Cost(
-            1000 * queue_s,
-            1000 * (own_s + speed.overhead_s),
-            1000 * sum(speed.transfer_s(medium) * tokens for medium, tokens in transferred) if transferred else 0.0,
-            1000 * self._step_s * (0.5 + to_compute / CHUNK_TOKENS),
-            1000 * others_s,
+            queue_ms=1000 * (self._queue_s + wait_s),
+            compute_ms=1000 * (own_s + self._speed.overhead_s),
+            transfer_ms=1000 * self._moved_s(transferred),
+            decode_ms=1000 * self._step_s * (0.5 + to_compute / CHUNK_TOKENS),
+            others_ms=1000 * (self._crowd_s + self._own_others * own_s + squeeze_s),
         )
+
+    def _room(self, to_compute: int) -> tuple[float, float]:
+        """How long to wait for room in the KV cache, and the price of what is taken of it."""
+        full = self._full + to_compute / self._kv_tokens
+        if full <= FULL:
+            return 0.0, self._squeeze_s * full / (1 - full)
+        # All that is in use becomes free within the time an answer takes.
+        return (full - FULL) * self._answer_s, self._squeeze_s * FULL / (1 - FULL)
+
+    def _moved_s(self, transferred: Transferred) -> float:
+        return sum(self._speed.transfer_s(medium) * tokens for medium, tokens in transferred)

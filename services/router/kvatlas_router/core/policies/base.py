@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from kvatlas_router.core.ask import Ask
-from kvatlas_router.core.choice import Candidate, Choice, Rank, Reason, Strategy, ordered
+from kvatlas_router.core.choice import Candidate, Choice, Reason, Strategy, ordered
 
 
 class Needs(StrEnum):
@@ -30,9 +30,9 @@ class Situation:
     cause: str | None
     chance: Callable[[], float]
 
-    def ordered(self, strategy: Strategy, rank: Rank) -> Choice:
-        """Raises `NoEngine`."""
-        return ordered(self.candidates, self.ask.prompt_tokens, Reason(strategy, self.cause), rank)
+    def ordered(self, strategy: Strategy, ranks: Iterable[object]) -> Choice:
+        """`ranks`: one per candidate, the lowest first. Raises `NoEngine`."""
+        return ordered(self.candidates, self.ask.prompt_tokens, Reason(strategy, self.cause), ranks)
 
 
 class Policy(Protocol):

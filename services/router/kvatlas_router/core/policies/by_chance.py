@@ -17,7 +17,7 @@ class Random:
 
     def choose(self, situation: Situation) -> Choice | None:
         """One draw per engine, so that the fallbacks are random too."""
-        return situation.ordered(Strategy.RANDOM, lambda _: situation.chance())
+        return situation.ordered(Strategy.RANDOM, (situation.chance() for _ in situation.candidates))
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,9 @@ class RoundRobin:
     def choose(self, situation: Situation) -> Choice | None:
         turn, count = next(self._turns), max(len(situation.candidates), 1)
         places = {e: n for n, e in enumerate(sorted(c.view.id for c in situation.candidates))}
-        return situation.ordered(Strategy.ROUND_ROBIN, lambda c: (places[c.view.id] - turn) % count)
+        return situation.ordered(
+            Strategy.ROUND_ROBIN, ((places[c.view.id] - turn) % count for c in situation.candidates)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,5 +45,5 @@ class PowerOfTwo:
         places = {situation.candidates[n].view.id: place for place, n in enumerate(order)}
         return situation.ordered(
             Strategy.TWO,
-            lambda c: (0, *load_of(c)) if c.view.id in drawn else (1, places[c.view.id], 0),
+            ((0, *load_of(c)) if c.view.id in drawn else (1, places[c.view.id], 0) for c in situation.candidates),
         )

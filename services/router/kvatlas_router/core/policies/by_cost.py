@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvatlas_router.core.choice import Candidate, Choice, Strategy, cost_of
+from kvatlas_router.core.choice import Choice, Strategy
 from kvatlas_router.core.policies.base import Needs, Situation
 
 
@@ -38,13 +38,14 @@ class Estimate:
 
 def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) -> Choice:
     tokens = situation.ask.prompt_tokens
+    costs = [
+        c.state.quote.total_ms(c.to_compute(tokens), c.transferred()) / c.state.share for c in situation.candidates
+    ]
+    if temperature_ms <= 0:
+        return situation.ordered(strategy, map(round, costs))
+    # The Gumbel trick: the smallest of costs so shifted is a draw from their softmax.
+    return situation.ordered(strategy, [cost + temperature_ms * _gumbel(situation.chance()) for cost in costs])
 
-    def cost(candidate: Candidate) -> int:
-        return round(cost_of(candidate, tokens).total_ms / candidate.state.share)
 
-    def noisy(candidate: Candidate) -> float:
-        # The Gumbel trick: the smallest of costs so shifted is a draw from their softmax.
-        shift = temperature_ms * math.log(-math.log(max(situation.chance(), 1e-300)) or 1e-300)
-        return cost_of(candidate, tokens).total_ms / candidate.state.share + shift
-
-    return situation.ordered(strategy, noisy if temperature_ms > 0 else cost)
+def _gumbel(drawn: float) -> float:
+    return math.log(-math.log(min(max(drawn, 1e-300), 1 - 1e-16)))

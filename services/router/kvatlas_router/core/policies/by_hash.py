@@ -48,7 +48,8 @@ def _by_name(situation: Situation, strategy: Strategy, name: bytes, home: Engine
     mean = (sum(c.ahead.in_flight for c in candidates) + 1) / max(len(candidates), 1)
     limit = OVERLOAD * mean + OVERLOAD_SLACK
     return situation.ordered(
-        strategy, lambda c: (c.view.id != home, c.ahead.in_flight > limit, -rendezvous(name, c.view.id))
+        strategy,
+        ((c.view.id != home, c.ahead.in_flight > limit, -rendezvous(name, c.view.id)) for c in candidates),
     )
 
 

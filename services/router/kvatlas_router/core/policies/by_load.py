@@ -15,7 +15,7 @@ class LeastLoad:
     needs: Needs = Needs.NOTHING
 
     def choose(self, situation: Situation) -> Choice | None:
-        return situation.ordered(Strategy.LOAD, load_of)
+        return situation.ordered(Strategy.LOAD, map(load_of, situation.candidates))
 
 
 def load_of(candidate: Candidate) -> tuple[float, int]:
