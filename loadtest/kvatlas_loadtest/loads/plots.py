@@ -266,10 +266,10 @@ def _rates(runs: Sequence[Figures], percentile: str) -> list[tuple[float, float]
         for point in run.rates:
             if point.ttft is not None:
                 at.setdefault(point.step, []).append((point.per_s, point.ttft))
-    return [
-        (median(rate for rate, _ in p), median(getattr(spread, percentile) for _, spread in p))
-        for _, p in sorted(at.items())
-    ]
+    return sorted(
+        (median(rate for rate, _ in those), median(getattr(spread, percentile) for _, spread in those))
+        for those in at.values()
+    )
 
 
 def _cdf(axes: Axes, ground: Ground, comparison: Comparison, workload: str) -> None:
