@@ -29,9 +29,6 @@ from kvatlas_loadtest.percentiles import percentile
 
 QUANTILES = tuple(n / 100 for n in range(1, 101))
 TIMELINE_POINTS = 120
-RATE_WINDOWS_MAX = 60
-RATE_WINDOW_REQUESTS = 30  # on average, at least: fewer say little about a rate
-RATE_POINTS = 12
 PILED_LOAD = 1.5
 SHED = ("status 429", "shed")
 """Errors that say: not now. A server that protects itself is not one that failed."""
@@ -81,7 +78,7 @@ class QueuePoint:
 
 @dataclass(frozen=True, slots=True)
 class RatePoint:
-    """Requests that came while about `per_s` of them a second did. Runs are laid beside each other by `step`."""
+    """A stage, in which `per_s` requests came a second. Runs are laid beside each other by `step`."""
 
     step: int
     per_s: float
@@ -109,7 +106,7 @@ class Figures:
     queue_mean: float
     piled_up: float
     queue: tuple[QueuePoint, ...]
-    rates: tuple[RatePoint, ...]
+    rates: tuple[RatePoint, ...]  # of a load in stages
 
     @property
     def failed(self) -> int:
@@ -151,7 +148,7 @@ def figures(run: Run, *, gaps_s: Sequence[float] | None = None) -> Figures:
         queue_mean=_mean([s.waiting for s in run.samples]),
         piled_up=_piled_up(run.samples),
         queue=_timeline(run.samples),
-        rates=tuple(map(_rate_of_stage, range(1, len(stages)), stages[1:])) or _rates(run.outcomes),
+        rates=tuple(map(_rate_of_stage, range(1, len(stages)), stages[1:])),
     )
 
 
@@ -242,31 +239,6 @@ def _timeline(samples: Sequence[Sample]) -> tuple[QueuePoint, ...]:
             longest=max(s.waiting for s in those),
         )
         for number, those in sorted(bins.items())
-    )
-
-
-def _rates(outcomes: Sequence[Outcome]) -> tuple[RatePoint, ...]:
-    """Times by how many came a second: windows of the load, from the slowest to the fastest, in `RATE_POINTS` parts."""
-    last = max((o.sent_s for o in outcomes), default=0.0)
-    if last <= 0:
-        return ()
-    number = max(min(RATE_WINDOWS_MAX, len(outcomes) // RATE_WINDOW_REQUESTS), 1)
-    length = last / number
-    windows: dict[int, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        windows[min(int(outcome.sent_s / length), number - 1)].append(outcome)
-    steps: dict[int, list[list[Outcome]]] = defaultdict(list)
-    before = 0
-    for those in sorted(windows.values(), key=len):
-        steps[before * RATE_POINTS // len(outcomes)].append(those)
-        before += len(those)
-    return tuple(
-        RatePoint(
-            step=step,
-            per_s=sum(map(len, those)) / (len(those) * length),
-            ttft=Spread.of(o.ttft_s for window in those for o in window if o.ttft_s is not None),
-        )
-        for step, those in sorted(steps.items())
     )
 
 

@@ -27,7 +27,7 @@ from kvatlas_loadtest.loads.figures import QUANTILES, Figures, Spread
 DPI = 110
 WIDTH_IN = 11.0
 ACROSS = 3
-RATES_APART = 3.0  # a load whose rates differ by less shows nothing over them
+NARROW = 8.0
 
 SOLID, DASHED, DOTTED = "-", (0, (4, 1.5)), (0, (1, 1.2))
 _LINES: dict[str, tuple[str, str | tuple[int, tuple[float, float]]]] = {
@@ -94,7 +94,7 @@ def plots(comparison: Comparison) -> Iterator[Plot]:
 
 def _drawings(comparison: Comparison) -> list[_Drawing]:
     everywhere, rows_in = comparison.workloads, 0.55 + 0.21 * len(comparison.policies)
-    stepped = [w for w in everywhere if any(map(_of_many_rates, _runs(comparison, w)))]
+    stepped = [w for w in everywhere if any(len(f.rates) > 1 for f in _runs(comparison, w))]
     queued = [w for w in everywhere if any(f.queue for f in _runs(comparison, w))]
 
     def bars(measure: Measure) -> dict[str, _Draw]:
@@ -113,7 +113,7 @@ def _drawings(comparison: Comparison) -> list[_Drawing]:
         ),
         _Drawing(
             "Time to first token over offered load",
-            "Percentiles of the requests that came while so many a second did.",
+            "Percentiles of the requests of each stage, by its rate.",
             {
                 f"{w}, P{share}": partial(_over_rate, comparison=comparison, workload=w, share=share)
                 for w in stepped
@@ -237,10 +237,14 @@ def _name_rows(axes: Axes, policies: Sequence[str]) -> None:
 
 
 def _logarithmic(axis: XAxis | YAxis) -> None:
-    """With plain numbers at 1, 2 and 5, as many as there is room for."""
-    axes, scale = axis.axes, "log"
-    axes.set_xscale(scale) if isinstance(axis, XAxis) else axes.set_yscale(scale)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=8))
+    """With plain numbers at 1, 2 and 5; at more places where the data span less than about a decade."""
+    low, high = axis.get_data_interval()
+    narrow = high < NARROW * low
+    if isinstance(axis, XAxis):
+        axis.axes.set_xscale("log")
+    else:
+        axis.axes.set_yscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8) if narrow else (1, 2, 5), numticks=8))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
 
@@ -255,11 +259,6 @@ def _over_rate(axes: Axes, ground: Ground, comparison: Comparison, workload: str
     axes.set_xlim(left=0)
 
 
-def _of_many_rates(run: Figures) -> bool:
-    rates = [point.per_s for point in run.rates]
-    return len(rates) > 2 and max(rates) > RATES_APART * min(rates)
-
-
 def _rates(runs: Sequence[Figures], percentile: str) -> list[tuple[float, float]]:
     """(rate, time), medians over seeds at each rate."""
     at: dict[int, list[tuple[float, Spread]]] = {}
@@ -267,10 +266,10 @@ def _rates(runs: Sequence[Figures], percentile: str) -> list[tuple[float, float]
         for point in run.rates:
             if point.ttft is not None:
                 at.setdefault(point.step, []).append((point.per_s, point.ttft))
-    return [
-        (median(rate for rate, _ in p), median(getattr(spread, percentile) for _, spread in p))
-        for _, p in sorted(at.items())
-    ]
+    return sorted(
+        (median(rate for rate, _ in those), median(getattr(spread, percentile) for _, spread in those))
+        for those in at.values()
+    )
 
 
 def _cdf(axes: Axes, ground: Ground, comparison: Comparison, workload: str) -> None:

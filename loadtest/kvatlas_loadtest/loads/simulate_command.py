@@ -29,7 +29,7 @@ from kvatlas_loadtest.loads.workloads import WORKLOADS, workload
 
 EPILOG = f"""workloads: {", ".join(WORKLOADS)}, or trace:FILE (Mooncake's JSONL)
 policies: {", ".join(POLICIES)}
-  a baseline's parameters may be given: llm-d:prefix=5:queue=1:kv=1, dynamo:weight=2, bounded-hash:bound=1.5
+  a baseline's parameters may be given: llm-d:prefix=5:queue=1:kv=1, dynamo:weight=2, smg:absolute=32
 
 examples:
   the published comparison, a fifth of it, medians over three seeds:

@@ -20,6 +20,7 @@ from kvatlas_common.engines.discovery import watch
 from kvatlas_common.engines.probe import EngineFacts, Prober
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.fleet import Load
+from kvatlas_common.lasting import keep_what_is_built
 from kvatlas_common.logs import LimitedLog
 from kvatlas_common.tracing import Tracing, trace_logs
 from kvatlas_common.words import EngineId, Medium
@@ -219,6 +220,7 @@ class Indexer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asked.set)
         await self.start()
+        keep_what_is_built()
         waiting = [asyncio.create_task(asked.wait()), asyncio.create_task(self.until_failed())]
         try:
             ended, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
+from kvatlas_common.lasting import keep_what_is_built
 from kvatlas_common.logs import LimitedLog
 from kvatlas_common.tracing import Tracing, open_tracing, trace_logs
 from kvatlas_router.adapters.admin import build_admin
@@ -177,6 +178,7 @@ class Router:
             loop.add_signal_handler(number, stop)
         try:
             await self.start()
+            keep_what_is_built()
             await asked.wait()
             await self.stop(self._settings.drain_delay_s)
         finally:

@@ -102,18 +102,6 @@ def test_what_a_client_knows_of_queues() -> None:
     }  # fmt: skip
 
 
-def test_times_by_how_many_came_a_second() -> None:
-    slow = [outcome(float(n), n + 0.1, n + 1.0) for n in range(60)]
-    fast = [outcome(60 + n / 9, 60 + n / 9 + 0.9, 80.0) for n in range(541)]
-    points = figures(run(*slow, *fast)).rates
-    low, high = points[0], points[-1]
-    assert sum(p.ttft.count for p in points if p.ttft) == 601
-    assert (low.per_s, high.per_s) == pytest.approx((1.0, 9.0), rel=0.1)
-    assert low.ttft is not None
-    assert high.ttft is not None
-    assert (low.ttft.p90, high.ttft.p90) == pytest.approx((0.1, 0.9))
-
-
 def test_a_load_in_stages_is_measured_without_its_warm_up() -> None:
     warm_up = [replace(outcome(n, n + 5.0, 9.0), arrival=n) for n in range(5)]
     first = [replace(outcome(9 + n / 2, 9.1 + n / 2, 13.0), arrival=5 + n, stage=1) for n in range(5)]
