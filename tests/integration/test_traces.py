@@ -22,6 +22,8 @@ from kvatlas_common.tracing import Tracing, open_tracing
 from kvatlas_indexer.app import Indexer
 from kvatlas_indexer.settings import IndexerSettings
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
+from kvatlas_loadtest.valkey import Valkey
+from tests.integration.redis_kit import fresh_prefix
 from tests.integration.router_kit import NO_INDEXER, Running, ScriptedEngine, answer, hang_up, replying, routed, running
 
 TRACE, CLIENTS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -55,16 +57,16 @@ class Spans(SpanExporter):
 
 
 @asynccontextmanager
-async def system(spans: Spans, *flags: str) -> AsyncIterator[Running]:
+async def system(spans: Spans, *, store: Sequence[str] = ()) -> AsyncIterator[Running]:
     async with AsyncExitStack() as stack:
         engine = SimulatedEngine(EngineConfig(), tracer=spans.tracing.tracer)
         await stack.enter_async_context(engine)
         argv = ["--engine", f"{engine.address},events={engine.events_endpoint},replay={engine.replay_endpoint}"]
-        indexer = Indexer(IndexerSettings.load([*argv, *FREE], {}), environ={}, tracing=spans.tracing)
+        indexer = Indexer(IndexerSettings.load([*argv, *FREE, *store], {}), environ={}, tracing=spans.tracing)
         await indexer.start()
         stack.push_async_callback(indexer.stop)
         target = ("--indexer", indexer.grpc_address, "--lookup-deadline-ms", "2000")
-        yield await stack.enter_async_context(running(*target, *flags, ready=1, tracing=spans.tracing))
+        yield await stack.enter_async_context(running(*target, ready=1, tracing=spans.tracing))
 
 
 def _told(span: ReadableSpan) -> dict[str, Any]:
@@ -84,7 +86,7 @@ async def test_a_request_is_one_trace_that_continues_the_clients() -> None:
     async with system(spans) as run:
         body = {"model": "tiny", "messages": [{"role": "user", "content": SECRET * 20}], "max_tokens": 4}
         await run.post(body=body)
-        await run.until(lambda f: all(v.sync is Sync.EXACT for v in f.engines.values()))
+        await run.until(lambda f: all(v.sync is Sync.EXACT and v.profile for v in f.engines.values()))
         spans.all.clear()
         came = {"traceparent": f"00-{TRACE}-{CLIENTS_SPAN}-01", "tracestate": "vendor=1"}
         status, headers, page = await run.post(body=body, headers=came)
@@ -209,3 +211,18 @@ async def test_an_exporter_that_is_down_disturbs_no_request(monkeypatch: pytest.
             assert status == 200
         stopping = time.monotonic()
     assert time.monotonic() - stopping < 5
+
+
+async def test_a_shared_store_is_in_the_trace(single: Valkey) -> None:
+    spans = Spans()
+    async with system(spans, store=("--store", single.url, "--store-prefix", fresh_prefix())) as run:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": SECRET * 20}], "max_tokens": 4}
+        await run.post(body=body)
+        await run.until(lambda f: all(v.sync is Sync.EXACT and v.profile for v in f.engines.values()))
+        spans.all.clear()
+        status, _, _ = await run.post(body=body, headers={"traceparent": f"00-{TRACE}-{CLIENTS_SPAN}-01"})
+        assert status == 200
+    spans.all[:] = [span for span in spans.all if f"{span.context.trace_id:032x}" == TRACE]
+    assert _tree(spans.all)["MGET kvatlas"] == "server kvatlas.v1.KvIndex/Match"
+    told = _told(spans.one("MGET kvatlas", SpanKind.CLIENT))
+    assert (told["db.system.name"], told["kvatlas.store"]) == ("redis", "redis")
