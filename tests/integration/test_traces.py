@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -24,7 +25,20 @@ from kvatlas_indexer.settings import IndexerSettings
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.valkey import Valkey
 from tests.integration.redis_kit import fresh_prefix
-from tests.integration.router_kit import NO_INDEXER, Running, ScriptedEngine, answer, hang_up, replying, routed, running
+from tests.integration.router_kit import (
+    CHAT,
+    EVENT_STREAM,
+    NO_INDEXER,
+    Running,
+    ScriptedEngine,
+    Seen,
+    answer,
+    chunk,
+    hang_up,
+    replying,
+    routed,
+    running,
+)
 
 TRACE, CLIENTS_SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SECRET = "the treasure lies under the old lighthouse"
@@ -226,3 +240,22 @@ async def test_a_shared_store_is_in_the_trace(single: Valkey) -> None:
     assert _tree(spans.all)["MGET kvatlas"] == "server kvatlas.v1.KvIndex/Match"
     told = _told(spans.one("MGET kvatlas", SpanKind.CLIENT))
     assert (told["db.system.name"], told["kvatlas.store"]) == ("redis", "redis")
+
+
+async def test_a_client_that_leaves_ends_its_spans(caplog: pytest.LogCaptureFixture) -> None:
+    async def begins(_: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.write(EVENT_STREAM + chunk(b"data: {}\n\n"))
+        await asyncio.Event().wait()
+
+    spans = Spans()
+    async with routed(engine := ScriptedEngine(begins), tracing=spans.tracing) as run:
+        async with run.http.post(run.url + "/v1/chat/completions", json=CHAT | {"stream": True}) as reply:
+            await reply.content.readany()
+            reply.close()
+        await asyncio.wait_for(engine.gone.wait(), 10)
+    generation = spans.one("chat tiny", SpanKind.CLIENT)
+    assert _told(generation)["kvatlas.outcome"] == _told(generation)["error.type"] == "cancelled"
+    assert (
+        len(spans.named("POST", SpanKind.CLIENT)) == len(spans.named("POST /v1/chat/completions", SpanKind.SERVER)) == 1
+    )
+    assert not [record for record in caplog.records if record.name.startswith("opentelemetry")]

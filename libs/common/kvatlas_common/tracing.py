@@ -121,7 +121,8 @@ def span(
         try:
             yield started
         except BaseException as error:
-            failed(started, str(getattr(error, "cause", None) or type(error).__name__))
+            if "error.type" not in (getattr(started, "attributes", None) or ()):  # else somebody knew better
+                failed(started, str(getattr(error, "cause", None) or type(error).__name__))
             raise
 
 

@@ -216,16 +216,21 @@ class TracedForwarder:
             self.tracer, f"{operation} {model}".rstrip(), attributes | _reason(job.choice), kind=SpanKind.CLIENT
         ) as generation:
             attempts = _Attempts(job.listener, replace(job.request), self.tracer, generation)
+            outcome = Outcome.CANCELLED  # what is told of one that is, is told later
             try:
                 await self.inner.forward(replace(job, request=attempts.request, listener=attempts), send, told)
+                outcome = told.outcome
+            except Exception:
+                outcome = told.outcome
+                raise
             finally:
-                attempts.over(told)
-                generation.set_attributes(_result(told))
+                attempts.over(told.status, outcome)
+                generation.set_attributes(_result(told) | known(outcome=outcome))
                 server.set_attributes(_reason(job.choice) | known(engine=str(told.term.engine) if told.term else None))
-                if told.outcome is not Outcome.OK:
-                    failed(generation, told.outcome)
-                if told.outcome is Outcome.CUT:
-                    failed(server, told.outcome)  # its status says 200
+                if outcome is not Outcome.OK:
+                    failed(generation, outcome)
+                if outcome in (Outcome.CUT, Outcome.CANCELLED):
+                    failed(server, outcome)  # its status says 200
 
 
 @dataclass(slots=True)
@@ -270,13 +275,12 @@ class _Attempts:
         self.generation.set_attribute("gen_ai.response.time_to_first_chunk", time.perf_counter() - self.sent_at)
         self.inner.first_byte(term)
 
-    def over(self, told: Forwarded) -> None:
+    def over(self, status: int, outcome: Outcome) -> None:
         if self.current is None:
             return
-        if told.status:
-            self.current.set_attribute("http.response.status_code", told.status)
-        wrong = str(told.status) if told.status >= 400 else told.outcome
-        self._end(None if told.outcome is Outcome.OK else wrong)
+        if status:
+            self.current.set_attribute("http.response.status_code", status)
+        self._end(None if outcome is Outcome.OK else str(status) if status >= 400 else outcome)
 
     def _end(self, why: str | None) -> None:
         if self.current is not None:
@@ -316,7 +320,6 @@ def _result(told: Forwarded) -> Attributes:
         predicted_cached_tokens=term.cached_tokens if term else None,
         cached_tokens=usage.cached_tokens,
         attempts=told.attempts,
-        outcome=told.outcome,
     )
 
 
