@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -24,9 +24,9 @@ from opentelemetry.trace import Span, SpanKind, Tracer, get_current_span
 from kvatlas_common.fleet import EngineView, Load
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.observations import Outcome
-from kvatlas_common.tracing import CARRIED, Attributes, carried, context_of, failed, known, span
+from kvatlas_common.tracing import CARRIED, Attributes, carried, context_of, failed, known, span, unsampled
 from kvatlas_common.words import EngineId
-from kvatlas_router.adapters.asgi import Message, Receive, Request, Scope, Send
+from kvatlas_router.adapters.asgi import Headers, Message, Receive, Request, Scope, Send
 from kvatlas_router.adapters.decide import Asked, Chooses, Decider, Index, Tokens
 from kvatlas_router.adapters.forward import Forwarded, Job, Listener
 from kvatlas_router.adapters.http import Forwards, Gates, route_of
@@ -72,7 +72,10 @@ class TracedApi:
         with span(
             self._tracer, f"{method} {route}" if route else method, attributes, kind=SpanKind.SERVER, parent=parent
         ) as server:
-            await self._app(scope, _Receiving(receive, self._tracer), _answering(send, server))
+            if unsampled(server):
+                await self._app(scope, receive, send)
+            else:
+                await self._app(scope, _Receiving(receive, self._tracer), _answering(send, server))
 
 
 class _Receiving:
@@ -182,7 +185,7 @@ class TracedChooser:
     ) -> Choice | None:
         with span(self.tracer, "choose", known(engines=len(views))) as stage:
             choice = self.inner.choose(policy, ask, views, loads=loads, answer=answer, now=now, cause=cause)
-            if choice is not None:
+            if choice is not None and stage.is_recording():
                 stage.set_attributes(_reason(choice) | _term(choice.terms[0], choice))
             return choice
 
@@ -204,7 +207,11 @@ class TracedForwarder:
     tracer: Tracer
 
     async def forward(self, job: Job, send: Send, told: Forwarded) -> None:
-        operation, server = OPERATIONS.get(job.request.path, job.request.route), get_current_span()
+        server = get_current_span()
+        if unsampled(server):
+            request = replace(job.request, headers=_handed_on(job.request.headers, server))
+            return await self.inner.forward(replace(job, request=request), send, told)
+        operation = OPERATIONS.get(job.request.path, job.request.route)
         model = job.ask.model[:NAME_CHARS_MAX]
         attributes: Attributes = {
             "gen_ai.operation.name": operation,
@@ -244,10 +251,6 @@ class _Attempts:
     sent_at: float = 0.0
     count: int = 0
     current: Span | None = None
-    own: list[tuple[bytes, bytes]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.own = [(name, value) for name, value in self.request.headers if name.decode("latin-1") not in CARRIED]
 
     def sent(self, term: Term) -> None:
         self._end("retried")  # where nobody said why
@@ -262,8 +265,7 @@ class _Attempts:
         attributes |= known(engine=str(term.engine), predicted_cached_tokens=term.cached_tokens)
         self.count += 1
         self.current = self.tracer.start_span(self.request.method[:32], kind=SpanKind.CLIENT, attributes=attributes)
-        context = [(name.encode(), value.encode()) for name, value in carried(self.current)]
-        self.request.headers = [*self.own, *context]
+        self.request.headers = _handed_on(self.request.headers, self.current)
         self.sent_at = time.perf_counter()
         self.inner.sent(term)
 
@@ -288,6 +290,12 @@ class _Attempts:
                 failed(self.current, why)
             self.current.end()
             self.current = None
+
+
+def _handed_on(headers: Headers, of: Span) -> Headers:
+    """The client's headers, but for its trace context: the engine gets that of `of` instead."""
+    kept = [(name, value) for name, value in headers if name.decode("latin-1") not in CARRIED]
+    return [*kept, *((name.encode(), value.encode()) for name, value in carried(of))]
 
 
 def _reason(choice: Choice) -> Attributes:
