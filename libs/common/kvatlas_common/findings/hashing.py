@@ -95,9 +95,8 @@ class Crowd:
         self._models: dict[str, dict[Hashing, set[str]]] = {}
         self._most: dict[str, Peers] = {}
 
-    def add(self, model: str, engine: str, profile: str) -> None:
-        """`profile`: the name of a verified one."""
-        self._models.setdefault(model, {}).setdefault(_hashing(profile), set()).add(engine)
+    def add(self, model: str, engine: str, does: Hashing) -> None:
+        self._models.setdefault(model, {}).setdefault(does, set()).add(engine)
 
     def peers(self, model: str, engine: str, does: Hashing) -> tuple[Peers | None, int]:
         """What most engines of the model do, None where this is one of them; and how many others do what it does.
@@ -120,7 +119,8 @@ class Crowd:
 
 
 @lru_cache(maxsize=1024)
-def _hashing(profile: str) -> Hashing:
+def hashing_of(profile: str) -> Hashing:
+    """`profile`: the name of one. Raises `ValueError`."""
     return Hashing.of(HashProfile.parse(profile))
 
 

@@ -35,6 +35,7 @@ class Code(StrEnum):
     ENGINE_DOWN = "engine-down"
     ENGINE_UNREADABLE = "engine-unreadable"
     NO_ENGINES = "no-engines"
+    NOT_INDEXED = "engine-not-indexed"
     CACHING_OFF = "prefix-caching-off"
     RANKS_NOT_LISTED = "ranks-not-listed"
     SALTS_UNSEEN = "salts-unseen"
@@ -93,8 +94,8 @@ class Code(StrEnum):
 
 
 _ERRORS = frozenset({
-    Code.ENGINE_DOWN, Code.NO_ENGINES, Code.CACHING_OFF, Code.NO_EVENTS, Code.EVENTS_UNREACHABLE, Code.CANNOT_DIAL,
-    Code.NAME_CLAIMED_TWICE, Code.TOPIC_MODEL, Code.TOO_MANY_ENGINES, Code.ZERO_HITS, Code.STORE_UNREACHABLE,
+    Code.ENGINE_DOWN, Code.NO_ENGINES, Code.NOT_INDEXED, Code.CACHING_OFF, Code.NO_EVENTS, Code.EVENTS_UNREACHABLE,
+    Code.CANNOT_DIAL, Code.NAME_CLAIMED_TWICE, Code.TOPIC_MODEL, Code.TOO_MANY_ENGINES, Code.ZERO_HITS, Code.STORE_UNREACHABLE,
     Code.INDEXER_UNREACHABLE, Code.FAILING_OPEN,
 })  # fmt: skip
 _ADVICE = frozenset({

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from kvatlas_common.engines.facts import EngineFacts
 from kvatlas_common.findings import Finding
 from kvatlas_common.findings.engine import down, self_findings, version_of
-from kvatlas_common.findings.hashing import Crowd, Hashing, hash_findings
+from kvatlas_common.findings.hashing import Crowd, Hashing, hash_findings, hashing_of
 from kvatlas_common.fleet import Fleet, Health, Sync
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core import advice
@@ -123,7 +123,7 @@ def _crowd(fleet: Fleet, configured: Hashing) -> Crowd:
     for view in fleet.engines.values():
         if view.profile_verified and view.profile is not None and view.health is not Health.DOWN:
             adapters = {adapter.name for adapter in view.adapters}
-            crowd.add(min(view.models - adapters, default=""), str(view.id), view.profile)
+            crowd.add(min(view.models - adapters, default=""), str(view.id), hashing_of(view.profile))
     return crowd
 
 

@@ -15,7 +15,9 @@ from kvatlas_common.words import EngineId
 
 SILENT_BLOCKS = 4
 SILENT_S = 2.0
-"""An event comes a scheduler step after its block, and the figures are scraped at least so often."""
+"""An event comes a scheduler step after its block, and figures come at least so often."""
+SETTLING_S = 2.0
+"""What is counted so shortly after an event may be what that event told of: figures were asked for before they came."""
 BLOCK_TOKENS = 64  # of an engine that has not said
 
 
@@ -44,7 +46,9 @@ class Silence:
     def worked(self, engine: EngineId, work: Work, heard_at: float | None, now: float) -> None:
         """The engine's counts, and when the last event of it came."""
         mark = self._marks.get(engine)
-        if mark is None or mark.heard_at != heard_at or _less(work.computed_tokens, mark.latest.computed_tokens):
+        settling = heard_at is not None and now - heard_at < SETTLING_S
+        other = mark is None or mark.heard_at != heard_at or _less(work.computed_tokens, mark.latest.computed_tokens)
+        if mark is None or other or settling:
             self._marks[engine] = _Mark(heard_at, now, work, work)
         else:
             mark.latest = work

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -43,7 +44,7 @@ class Models(Protocol):
     def local(self, view: EngineView, model: str) -> Local: ...
 
 
-class _Unchecked(Exception):
+class Unchecked(Exception):
     """The engine could not be asked; the message says why."""
 
 
@@ -123,7 +124,7 @@ class Parity:
             if await local.loaded() is not None:
                 self._learn(view, model, judge(model, view.root, await self._compare(local, view, model)))
                 pause = self._recheck_s
-        except _Unchecked as error:
+        except Unchecked as error:
             if address not in self._unchecked:
                 log.info("engine's tokens not checked", extra={"engine": address, "why": str(error)})
             self._unchecked[address] = _unchecked(str(error))
@@ -146,17 +147,10 @@ class Parity:
         found: list[str | None] = []
         for number, sample in enumerate(SAMPLES, 1):
             body = {"model": model, **sample}
-            ours = await local.run(lambda body=body: _ours(local, body), 0)  # type: ignore[misc]
-            found.append(difference(number, ours, await self._theirs(view, body)))
+            ours = await local.run(partial(_tokens_of, local, body), 0)
+            theirs = await tokens_there(self._session, view.url, body, self._api_key(view))
+            found.append(difference(number, ours, theirs))
         return found
-
-    async def _theirs(self, view: EngineView, body: Mapping[str, Any]) -> list[int] | None:
-        try:
-            return list(await tokenize(self._session, view.url, body, api_key=self._api_key(view)))
-        except AskFailed as error:
-            if error.status in _REFUSALS:
-                return None
-            raise _Unchecked(str(error)) from None
 
 
 def _unchecked(why: str) -> Finding:
@@ -165,15 +159,33 @@ def _unchecked(why: str) -> Finding:
     return Finding(Code.TOKENS_UNCHECKED, wrong, "it serves no /tokenize", change)
 
 
-def _ours(local: Local, body: Mapping[str, Any]) -> list[int] | None:
-    """None where the template refuses, as the engine should then too."""
+def _tokens_of(local: Local, body: Mapping[str, Any]) -> list[int] | None:
+    if local.pipeline is None:
+        raise Unchecked("its files are not loaded any more")
+    return tokens_here(local.pipeline, body)
+
+
+def tokens_here(pipeline: PromptPipeline, body: Mapping[str, Any]) -> list[int] | None:
+    """Of a sample; None where the template refuses, as the engine should then too. Raises `Unchecked`."""
     request = understand("/tokenize", body)
-    if isinstance(request, Unrenderable) or local.pipeline is None:
-        raise _Unchecked("a sample is not understood here")
+    if isinstance(request, Unrenderable):
+        raise Unchecked("a sample is not understood here")
     try:
-        found: list[int] = local.pipeline.tokenize(request).token_ids.tolist()
+        found: list[int] = pipeline.tokenize(request).token_ids.tolist()
     except PromptError:
         return None
     except Exception as defect:  # templates can raise anything; it may quote the sample, which is no secret
-        raise _Unchecked(f"a sample cannot be tokenised here: {defect!r}"[:200]) from None
+        raise Unchecked(f"a sample cannot be tokenised here: {defect!r}"[:200]) from None
     return found
+
+
+async def tokens_there(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], api_key: SecretStr | None
+) -> list[int] | None:
+    """The same by an engine. Raises `Unchecked`."""
+    try:
+        return list(await tokenize(session, url, body, api_key=api_key))
+    except AskFailed as error:
+        if error.status in _REFUSALS:
+            return None
+        raise Unchecked(str(error)) from None
