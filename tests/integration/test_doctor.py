@@ -94,8 +94,9 @@ class SetUp:
         assert change in found["change"], found
         base = self.rest if source == "indexer" else self.services.admin
         assert await metric(self.session, base, f"kvatlas_{source}_findings", code=code) >= 1
-        line = await self.services.says(lambda line: line.get("event") == code, f"{code} in the log")
-        assert line["engine"] == about
+        await self.services.says(
+            lambda line: line.get("event") == code and line["engine"] == about, f"{code} of {about} in the log"
+        )
         status, said = await self.doctor()
         assert status == 1
         about_it = [f for f in said["findings"] if (f["code"], f["about"]) == (code, about)]
