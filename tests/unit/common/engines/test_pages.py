@@ -22,6 +22,7 @@ from kvatlas_common.engines.pages import (
     parse_metrics,
     parse_models,
     parse_tokenized,
+    parse_version,
 )
 from kvatlas_common.fleet import Adapter
 
@@ -177,3 +178,18 @@ def test_a_page_that_is_something_else_is_named(read: object, page: bytes) -> No
 def test_noise_is_malformed_or_models(page: bytes) -> None:
     with suppress(MalformedPage):
         parse_models(page)
+
+
+@pytest.mark.parametrize(
+    ("page", "version"),
+    [
+        (b'{"version": "0.32.0"}', "0.32.0"),
+        (b'{"version": ""}', None),
+        (b'{"version": 3}', None),
+        (b'{"other": "x"}', None),
+        (b"[]", None),
+        (b"not found", None),
+    ],
+)
+def test_versions(page: bytes, version: str | None) -> None:
+    assert parse_version(page) == version
