@@ -78,8 +78,9 @@ def test_as_a_naive_book_has_it(steps: list[tuple[int, tuple[str, object]]]) -> 
             held = {(about, finding.code) for about, finding in what}
         else:
             assert isinstance(what, tuple)
-            board.note(*what, now)
-            noted[what[0], CLAIM.code] = now
+            about, finding = what
+            board.note(about, finding, now)
+            noted[about, CLAIM.code] = now
         expected = held | {key for key, at in noted.items() if now - at <= 60}
         assert {(f.about, f.finding.code) for f in board.current(now)} == expected
 
