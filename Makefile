@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+LOADS_SCALED   := reference@0.05,agents@0.1,hot-prefix@0.2,all-unique@0.2,tenants@0.2,bursts@0.2
+LOADTEST_FILES := --rows build/loadtest.json --json build/loadtest/runs.json --html build/loadtest.html
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up up-redis test check proto test-vllm bench chaos image clean
+.PHONY: help setup demo up up-redis test check proto test-vllm bench chaos loadtest loadtest-full image clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -25,7 +27,7 @@ up: setup ## indexer and router in one process, with three simulated engines
 	@$(BIN)/kvatlas up --simulate 3
 
 test: setup ## all tests that need nothing installed
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 check: setup ## ruff, mypy, import contracts, generated stubs
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -44,6 +46,12 @@ bench: setup ## every budget measured, beside a peer where there is one (build/b
 
 chaos: setup ## faults on real processes, held to the engines' own block tables (build/chaos.json; 12 minutes)
 	@$(BIN)/python -m kvatlas_loadtest.chaos --json build/chaos.json
+
+loadtest: setup ## policies compared on simulated fleets, scaled (build/loadtest.json and .html; 5 minutes)
+	@$(BIN)/python -m kvatlas_loadtest.loads simulate --workload $(LOADS_SCALED) --policy all --variants --seeds 1,2,3 $(LOADTEST_FILES)
+
+loadtest-full: setup ## the same, the whole reference benchmark and all workloads, five seeds (hours)
+	@$(BIN)/python -m kvatlas_loadtest.loads simulate --workload all --policy all --grid --variants --seeds 1,2,3,4,5 $(LOADTEST_FILES)
 
 image: ## the container image (needs a Docker daemon)
 	docker build -f deploy/docker/Dockerfile -t kvatlas:$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml) .

@@ -11,8 +11,7 @@ After vLLM's `v1/core/sched/scheduler.py` (0.10.0 and 0.32), first come first se
 - events are handed out when the step is *complete*: a reset shows with the next step.
 
 No I/O, no clock: `schedule()` says what the step computes, whoever drives the engine lets that much time pass, and
-`complete()` says what came of it. Where requests only decode, and nothing can be admitted, `coast()` does the same
-steps in a fraction of the time: who simulates hours needs it.
+`complete()` says what came of it. `coasting.CoastingCore` does the same in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvatlas_loadtest.block_pool import BlockPool, PoolVersion
-from kvatlas_loadtest.coasting import Coast
 from kvatlas_loadtest.kv_events import KvEvent, Stored
 from kvatlas_loadtest.sequences import EngineRequest, HashChain
 from kvatlas_loadtest.time_model import StepWork
@@ -39,6 +37,7 @@ __all__ = [
     "Sampled",
     "Step",
     "StepResult",
+    "work_of",
 ]
 
 
@@ -119,9 +118,6 @@ class EngineCore:
         self._pool = BlockPool(limits.num_blocks, limits.version, self._events)
         self._waiting: deque[EngineRequest] = deque()
         self._running: list[EngineRequest] = []
-        self._coast: Coast | None = None
-        self._all_decode = False  # every running request has computed all of its tokens but the last
-        self._has_stops = False  # some request may end before its `max_tokens`
 
     @property
     def running(self) -> int:
@@ -154,16 +150,12 @@ class EngineCore:
                 f"at least one of each, and {self.limits.longest} together, are possible"
             )
         request.name_new_blocks(self.limits.block_size)
-        self._has_stops = self._has_stops or bool(request.stop_ids)
-        if not self._waiting:
-            self._land()  # it might be admitted with the next step
         self._waiting.append(request)
 
     def abort(self, request: EngineRequest) -> None:
         """Ends a request at once, wherever it is; a step under way brings nothing more for it."""
         if request.gone:
             return
-        self._land()
         if request in self._running:
             self._running.remove(request)
         else:
@@ -172,78 +164,28 @@ class EngineCore:
 
     def reset(self) -> bool:
         """Forgets the prefix cache; refused (False) while a request holds blocks. Published with the next step."""
-        self._land()
         return self._pool.reset()
 
     def schedule(self) -> Step | None:
         """The next step; None when there is nothing to compute."""
-        self._land()
-        self._all_decode = False
         scheduled, budget, preempted = self._schedule_running(self.limits.max_num_batched_tokens)
         if not preempted:
             scheduled += self._admit(budget)
-        return Step(scheduled, _work(scheduled)) if scheduled else None
+        return Step(scheduled, work_of(scheduled)) if scheduled else None
 
     def complete(self, step: Step) -> StepResult:
         """The step has been computed: its tokens are sampled, its events come out."""
         sampled: list[Sampled] = []
-        everybody = len(step.scheduled) == len(self._running)
         for request, _ in step.scheduled:
-            if request.gone:
-                continue  # aborted meanwhile
-            if request.computed < len(request.tokens):
-                everybody = False  # a chunk of a longer prompt
-                continue
+            if request.gone or request.computed < len(request.tokens):
+                continue  # aborted meanwhile, or a chunk of a longer prompt
             if not request.stopped:
                 sampled.append(self._sample(request))
             if request.stopped and (not self.limits.computes_last_token or request.computed == len(request.tokens)):
                 self._running.remove(request)
                 self.counters.finished += 1
                 self._retire(request)
-        self._all_decode = everybody
         return StepResult(sampled, self.take_events())
-
-    def coast(self) -> Coast | None:
-        """Steps without prefill, admission or preemption, as long as there are any; None if the next is none.
-
-        The same coast is returned while it lasts. Whatever else is done with the engine ends it.
-        """
-        if self._coast is not None:
-            if self._coast.can_step():
-                return self._coast
-            self._land()
-        if not self._all_decode or self._has_stops or self.limits.computes_last_token:
-            return None
-        if not 0 < len(self._running) < self.limits.max_num_batched_tokens:
-            return None
-        if self._waiting and not self._head_is_stuck():
-            return None
-        head = self._waiting[0] if self._waiting else None
-        watched = frozenset(head.hashes) if head else frozenset()
-        coast = Coast(
-            self._running, self._pool, self.limits.block_size, self._store, watched=watched, queue=head is not None
-        )
-        if not coast.can_step():
-            return None
-        self._coast = coast
-        return coast
-
-    def _head_is_stuck(self) -> bool:
-        """Whether the first that waits cannot be admitted until somebody finishes, or a block it would hit appears."""
-        if len(self._running) >= self.limits.max_num_seqs:
-            return True
-        if self.limits.version is PoolVersion.V0_10:
-            return False  # an eviction may shorten its hits, and with them what its first chunk needs
-        return self._fits(self._waiting[0]) is None
-
-    def _land(self) -> None:
-        """Ends the coast: requests stand where its steps have brought them."""
-        coast, self._coast = self._coast, None
-        if coast is None:
-            return
-        coast.settle()
-        self.counters.generated_tokens += coast.tokens
-        self.counters.finished += coast.finished
 
     def take_events(self) -> Sequence[KvEvent]:
         """The events since the last batch. `complete` takes them; between steps only a reset leaves any."""
@@ -254,16 +196,10 @@ class EngineCore:
     def _schedule_running(self, budget: int) -> tuple[list[tuple[EngineRequest, int]], int, bool]:
         scheduled: list[tuple[EngineRequest, int]] = []
         preempted = False
-        index, last = 0, self.limits.block_size - 1
+        index = 0
         while index < len(self._running) and budget > 0:
             request = self._running[index]
             count = min(len(request.tokens) - request.computed, budget)
-            if count == 1 and 0 < request.computed % (last + 1) < last:  # within a block: nothing to take or to name
-                request.computed += 1
-                scheduled.append((request, 1))
-                budget -= 1
-                index += 1
-                continue
             while not self._grow(request, count):
                 victim = self._running.pop()
                 self._preempt(victim)
@@ -363,7 +299,7 @@ class EngineCore:
         request.blocks = []
 
 
-def _work(scheduled: Sequence[tuple[EngineRequest, int]]) -> StepWork:
+def work_of(scheduled: Sequence[tuple[EngineRequest, int]]) -> StepWork:
     prefill = decoding = context = 0
     for request, count in scheduled:
         if count == 1 and request.computed > len(request.prompt):

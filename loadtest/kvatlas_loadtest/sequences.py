@@ -48,6 +48,11 @@ class EngineRequest:
     def output(self) -> list[int]:
         return self.tokens[len(self.prompt) :]
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its next step computes the token sampled last, and nothing else."""
+        return len(self.tokens) - self.computed == 1 and self.computed >= len(self.prompt)
+
     def name_new_blocks(self, block_size: int) -> None:
         """Hashes of the blocks its tokens have filled since the last call."""
         done, full = len(self.hashes), len(self.tokens) // block_size

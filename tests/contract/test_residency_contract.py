@@ -213,6 +213,19 @@ def test_masks_tell_holders_and_end_where_they_are_told_to(store: Residency) -> 
     assert store.leading_masks([]) == []
 
 
+def test_after_how_many_blocks_a_bit_falls_out(store: Residency) -> None:
+    third = EngineId("10.0.0.2:8000")
+    for engine, blocks in ((A, [*range(5)]), (B, [0, 1]), (third, [0, 2])):
+        store.store(engine, 0, GPU, blocks)
+    a, b, c = (place.mask for engine in (A, B, third) if (place := store.place(engine, 0, GPU)) is not None)
+    assert store.fall_outs(range(9), a | b | c) == [(1, c), (2, b), (5, a)]
+    assert store.fall_outs(range(4), a | b) == [(2, b), (4, a)]
+    assert store.fall_outs(range(2), a | b) == [(2, a | b)]
+    assert store.fall_outs([7], a) == [(0, a)]
+    assert store.fall_outs([], a) == [(0, a)]
+    assert store.fall_outs(range(9), 0) == []
+
+
 def test_the_version_rises_with_every_change_of_slots(store: Residency) -> None:
     seen = [store.version]
 

@@ -20,8 +20,8 @@ import zmq.asyncio
 from kvatlas_common.events.decode import decode_batch
 from kvatlas_common.events.types import AllBlocksCleared, BlockStored
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
+from kvatlas_loadtest.texts import WORDS
 from kvatlas_loadtest.time_model import TimeModel
-from kvatlas_loadtest.workload import WORDS
 from tests.integration.processes import DEADLINE_S, Router, labelled, until
 
 CHAT = "/v1/chat/completions"

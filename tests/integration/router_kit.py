@@ -73,6 +73,7 @@ class ScriptedEngine:
 
     script: Script = field(default_factory=lambda: replying(answer(b'{"ok": true}')))
     models: tuple[str, ...] = ("tiny",)
+    figures: bytes = b""  # the page of its metrics
     seen: list[Seen] = field(default_factory=list)
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -120,6 +121,7 @@ class ScriptedEngine:
         if path in ("/health", "/v1/models") or path.startswith("/metrics"):
             cards = [{"id": m, "object": "model", "root": None, "parent": None} for m in self.models]
             page = json.dumps({"object": "list", "data": cards}).encode() if path == "/v1/models" else b""
+            page = self.figures if path.startswith("/metrics") else page
             writer.write(answer(page))
             await writer.drain()
             return

@@ -17,9 +17,9 @@ import aiohttp
 
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.scheduler import EngineLimits
+from kvatlas_loadtest.texts import WORDS
 from kvatlas_loadtest.time_model import NO_TIME
 from kvatlas_loadtest.valkey import Valkey
-from kvatlas_loadtest.workload import WORDS
 from tests.integration.fault_kit import Exchange, Index, ask, chat, client, flags, ready_engines, simulated
 from tests.integration.processes import Router, indexer, router, until
 

@@ -34,8 +34,8 @@ from kvatlas_indexer.adapters.zmq_source import ZmqSource
 from kvatlas_indexer.core.naming import Expected
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.scheduler import EngineLimits
+from kvatlas_loadtest.texts import WORDS
 from kvatlas_loadtest.time_model import NO_TIME
-from kvatlas_loadtest.workload import WORDS
 
 DEADLINE_S = 40.0
 ADAPTERS = (Adapter("ada", "/srv/adapters/ada", 1), Adapter("bob", "/srv/adapters/bob", 2))

@@ -146,14 +146,14 @@ async def test_a_full_server_is_said_to_be_full_and_nothing_is_half_written(mine
 
 
 async def test_while_the_server_is_away_everybody_is_told_at_once(mine: Valkey) -> None:
-    async with opened(mine.url, timeouts=Timeouts(connect_s=0.5, command_s=2, lookup_s=1)) as client:
+    async with opened(mine.url, timeouts=Timeouts(connect_s=10, command_s=20, lookup_s=20)) as client:
         store = RedisStore(client)
         await own(store, A)
         mine.stop()
         began = time.monotonic()
         found = await asyncio.gather(*(store.lookup([1]) for _ in range(100)), return_exceptions=True)
         assert {type(error) for error in found} == {StoreUnavailable}
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 8  # nobody waits until their time is over, on however busy a machine
         mine.start()
         await back(client)
         await put(store, A, {7: {1: 1}}, expect=Outcome.BEHIND)  # it kept nothing
@@ -170,7 +170,7 @@ async def test_a_server_that_hangs_costs_a_lookup_no_more_than_its_time(mine: Va
             found = await asyncio.gather(*(store.lookup([1]) for _ in range(40)), return_exceptions=True)
             assert {type(error) for error in found} == {StoreUnavailable}
             assert "no answer within 0.3 s" in str(found[0])
-            assert time.monotonic() - began < 4 * SOON.lookup_s
+            assert time.monotonic() - began < 10 * SOON.lookup_s  # one after the other it would be 40
         finally:
             mine.resume()
         await back(client)

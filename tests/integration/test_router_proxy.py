@@ -110,6 +110,7 @@ async def test_a_chunk_is_passed_on_before_the_next_one_comes() -> None:
             async with asyncio.timeout(DEADLINE_S):
                 assert await reply.content.readany() == piece
             next_one.release()
+        assert await reply.content.read() == b""
 
 
 async def test_a_client_that_leaves_cancels_its_request() -> None:

@@ -17,11 +17,15 @@ import pytest
 
 from kvatlas_common.fleet import Adapter
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
+from kvatlas_loadtest.loads.arrivals import Arrival, Segment
+from kvatlas_loadtest.loads.figures import figures
+from kvatlas_loadtest.loads.outcomes import Run
+from kvatlas_loadtest.loads.real_time import Player, Target
+from kvatlas_loadtest.loads.rendering import Rendering
 from kvatlas_loadtest.prompting import Prompter
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.time_model import NO_TIME, TimeModel
 from kvatlas_loadtest.vocabulary import Vocabulary
-from kvatlas_loadtest.workload import Workload, run_load
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "value " * 40}]
@@ -252,24 +256,21 @@ async def test_a_body_of_some_megabytes_is_read() -> None:
 async def test_a_load_over_two_engines_of_one_process() -> None:
     config = EngineConfig(time_model=NO_TIME, events_endpoint=None)
     prompter, vocabulary = Prompter.load(config.model_path), Vocabulary.load(config.model_path)
-    seen: list[tuple[int, int]] = []
-    workload = Workload(customers=2, users=2, questions=2, context_words=100, question_words=10, answer_tokens=3)
+    arrivals = [
+        Arrival(0.0, (Segment(n % 2, 100), Segment(9 + n, 10)), 3, after=n - 1 if n else None) for n in range(8)
+    ]
     async with (
         SimulatedEngine(config, prompter, vocabulary) as one,
         SimulatedEngine(config, prompter, vocabulary) as two,
     ):
         for target in (one, two):
-            report = await run_load(
-                target.url, workload, concurrency=1, on_progress=lambda done, of: seen.append((done, of))
-            )
-            assert (report.requests, report.errors) == (8, {})
-            assert report.cached_share > 0.5  # six of eight found their customer's context
-            assert report.output_tokens_per_s > 0
+            player = Player(Target(target.url, Rendering("tiny")), arrivals)
+            await player.play()
+            found = figures(Run("", "", 0, tuple(player.outcomes), (), 0))
+            assert (found.requests, found.errors) == (8, {})
+            assert found.cached_share > 0.5  # six of eight found their context
+            assert found.output_tokens_per_s > 0
         assert one.block_table() == two.block_table()
-        await two.crash()
-        report = await run_load(two.url, workload, rate_per_s=1000.0)
-        assert sum(report.errors.values()) == 8
-    assert seen[:8] == [(i, 8) for i in range(1, 9)]
 
 
 async def test_the_command_serves_until_told_to_stop() -> None:

@@ -119,6 +119,10 @@ class Fleet:
         kept = {i: v for i, v in self.engines.items() if i not in gone}
         return Fleet.of((kept | {v.id: v for v in changed}).values())
 
+    def up(self) -> tuple[EngineView, ...]:
+        """Engines not known to be down, in the order of their ids."""
+        return tuple(v for v in self.engines.values() if v.health is not Health.DOWN)
+
     def serving(self, model: str) -> tuple[EngineView, ...]:
         """Engines a request for `model` may go to, in the order of their ids: those not known to be down."""
         return tuple(v for v in self.engines.values() if v.health is not Health.DOWN and v.serves(model))

@@ -17,6 +17,7 @@ from kvatlas_common.words import EngineId, Medium
 T = TypeVar("T")
 
 _engine_id = lru_cache(maxsize=16_384)(EngineId.parse)  # an answer names the same engines as the one before
+_medium = lru_cache(maxsize=len(Medium))(Medium)
 
 
 def pack_keys(keys: Sequence[int] | np.ndarray[Any, Any]) -> bytes:
@@ -67,7 +68,7 @@ def match_answer(message: pb.MatchResponse) -> MatchAnswer:
             EngineMatch(
                 _engine_id(m.engine),
                 m.blocks,
-                {Medium(x.medium): x.blocks for x in m.media},
+                {_medium(x.medium): x.blocks for x in m.media},
                 m.exact,
                 m.doubtful,
                 m.expected,

@@ -55,6 +55,7 @@ MEASUREMENTS = (
     Measurement("visible_redis", "visible:redis_rows", ("visible_redis_p99_ms",)),
     Measurement("hash", "hashes:rows", ("hash_ms",)),
     Measurement("router", "routing:rows", ("router_added_p50_ms", "router_added_p99_ms", "router_cpu_ms_per_request")),
+    Measurement("choosing", "choosing:rows", ("choose_100_engines_ms",)),
     Measurement("idle", "idle:rows", ("idle_cores_100_engines",)),
 )
 

@@ -22,8 +22,8 @@ from kvatlas_loadtest.bench.feeds import Feed, begin, feeds, hash_flags, profile
 from kvatlas_loadtest.bench.prompts import Texts, model_folder
 from kvatlas_loadtest.bench.rows import Options, Row, at_most, only_told
 from kvatlas_loadtest.bench.stub_engines import MODEL
+from kvatlas_loadtest.percentiles import percentile
 from kvatlas_loadtest.prompting import Prompter
-from kvatlas_loadtest.workload import percentile
 
 ENGINES = 4
 BLOCK = 16

@@ -23,10 +23,10 @@ from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.events import EventEncoder
 from kvatlas_loadtest.hashing import PromptChain
 from kvatlas_loadtest.kv_events import Stored, key_of
+from kvatlas_loadtest.percentiles import percentile
 from kvatlas_loadtest.process import Node
 from kvatlas_loadtest.time_model import NO_TIME
 from kvatlas_loadtest.valkey import Valkey
-from kvatlas_loadtest.workload import percentile
 from kvatlas_router.adapters.index_client import LookupFailed, Shard
 
 BLOCKS_PER_S = 20_000

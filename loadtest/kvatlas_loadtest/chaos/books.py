@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from kvatlas_loadtest.workload import percentile
+from kvatlas_loadtest.percentiles import percentile
 
 NO_END = "no end"
 CUT = "cut"

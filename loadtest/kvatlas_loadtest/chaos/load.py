@@ -20,7 +20,7 @@ from typing import Any
 import aiohttp
 
 from kvatlas_loadtest.chaos.books import Exchange
-from kvatlas_loadtest.workload import WORDS
+from kvatlas_loadtest.texts import WORDS
 
 CHAT = "/v1/chat/completions"
 READY_EVERY_S = 0.2

@@ -22,11 +22,14 @@ from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Ticket
 from kvatlas_router.core.choice import Choice, NoEngine
 from kvatlas_router.core.chooser import Chooser
-from kvatlas_router.core.outliers import Fault
+from kvatlas_router.core.outliers import Attempt, Fault
 from kvatlas_router.core.plans import Plan
 from kvatlas_router.core.policies import Needs, PolicyName
+from kvatlas_router.core.slow_start import SlowStart
 
 SUSPECT_S = 5.0
+SLOW_START_S = 15.0
+"""The router's default."""
 
 
 @dataclass(slots=True)
@@ -83,6 +86,10 @@ class Sent(Protocol):
         """Its answer came whole."""
         ...
 
+    def failed(self, now: float) -> None:
+        """Its engine has died."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -94,14 +101,19 @@ class Decider(Protocol):
         """Whether it matters what the engines say of their caches."""
         ...
 
+    @property
+    def needs_reports(self) -> bool:
+        """Whether it matters, with one router, what that has told the index of its requests."""
+        ...
+
     def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
         """None: there is no engine."""
         ...
 
     def sent(self, decision: Decision, engine: EngineId, now: float) -> Sent: ...
 
-    def failed(self, engine: EngineId, now: float) -> None:
-        """It has refused or cut a request."""
+    def refused(self, engine: EngineId, now: float) -> None:
+        """The engine took no connection."""
         ...
 
 
@@ -109,14 +121,21 @@ class ByCore:
     """The router's own core: a chain of policies, as `--policy` gives one."""
 
     def __init__(self, name: PolicyName, chance: Chance) -> None:
-        self._chooser = Chooser(chance)
+        self._slow_start = SlowStart(SLOW_START_S)
+        self._chooser = Chooser(chance, slow_start=self._slow_start)
         self._policies = Plan.of(name).policies
+        self._up: frozenset[EngineId] = frozenset()
 
     @property
     def needs_events(self) -> bool:
         return self._policies[0].needs is Needs.INDEX
 
+    @property
+    def needs_reports(self) -> bool:
+        return self._policies[0].needs is not Needs.NOTHING
+
     def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
+        self._see(known.views, now)
         keys = {known.profile: np.array(asked.keys, dtype=np.uint64)}
         session = (asked.session or "").encode()
         ask = Ask(known.model, asked.prompt_tokens, keys, session=session, prefix=asked.prefix.encode())
@@ -138,14 +157,48 @@ class ByCore:
                 return Decision([term.engine for term in choice.terms], str(choice.reason), cached, choice, ask)
         return None
 
-    def sent(self, decision: Decision, engine: EngineId, now: float) -> Ticket:
+    def sent(self, decision: Decision, engine: EngineId, now: float) -> Sent:
         assert decision.choice is not None
         assert decision.ask is not None
         term = next(term for term in decision.choice.terms if term.engine == engine)
-        return self._chooser.send(term, decision.ask, now)
+        attempt = self._chooser.outliers.sent(engine, now)
+        return _AtCore(self._chooser.send(term, decision.ask, now), attempt, engine, self._slow_start)
 
-    def failed(self, engine: EngineId, now: float) -> None:
-        self._chooser.outliers.sent(engine, now).failed(Fault.RESET, now)
+    def refused(self, engine: EngineId, now: float) -> None:
+        with self._chooser.outliers.sent(engine, now) as attempt:
+            attempt.failed(Fault.CONNECT, now)
+
+    def _see(self, views: Sequence[EngineView], now: float) -> None:
+        """As the router does when its fleet has changed."""
+        up = frozenset(view.id for view in views)
+        if up != self._up:
+            self._up = up
+            for engine in self._slow_start.see(up, now):
+                self._chooser.outliers.restarted(engine)
+
+
+@dataclass(slots=True)
+class _AtCore:
+    ticket: Ticket
+    attempt: Attempt
+    engine: EngineId
+    slow_start: SlowStart
+
+    def started(self, now: float) -> None:
+        self.ticket.started(now)
+        if self.attempt.began(now):
+            self.slow_start.begin(self.engine, now)
+
+    def ended(self, now: float, cached_tokens: int, output_tokens: int) -> None:
+        self.ticket.ended(now, cached_tokens, output_tokens)
+        self.attempt.answered(now)
+
+    def failed(self, now: float) -> None:
+        self.attempt.failed(Fault.CUT if self.ticket.first_token_s is not None else Fault.RESET, now)
+
+    def close(self) -> None:
+        self.ticket.close()
+        self.attempt.close()
 
 
 class ByRule:
@@ -160,6 +213,10 @@ class ByRule:
     def needs_events(self) -> bool:
         return self.rule.needs_index
 
+    @property
+    def needs_reports(self) -> bool:
+        return False
+
     def choose(self, asked: Asked, known: Known, now: float) -> Decision | None:
         if not known.views:
             return None
@@ -171,24 +228,28 @@ class ByRule:
         return Decision(ranked, type(self.rule).__name__, cached)
 
     def sent(self, decision: Decision, engine: EngineId, now: float) -> Sent:
-        return _NOTHING_KEPT
+        return _AtRule(self, engine)
 
-    def failed(self, engine: EngineId, now: float) -> None:
+    def refused(self, engine: EngineId, now: float) -> None:
         self._suspect_until[engine] = now + SUSPECT_S
 
 
-class _NothingKept:
+@dataclass(slots=True)
+class _AtRule:
+    rule: ByRule
+    engine: EngineId
+
     def started(self, now: float) -> None:
         pass
 
     def ended(self, now: float, cached_tokens: int, output_tokens: int) -> None:
         pass
 
+    def failed(self, now: float) -> None:
+        self.rule.refused(self.engine, now)
+
     def close(self) -> None:
         pass
-
-
-_NOTHING_KEPT = _NothingKept()
 
 
 def _seen(engine: EngineId, known: Known, cached: int) -> Seen:

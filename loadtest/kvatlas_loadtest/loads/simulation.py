@@ -15,9 +15,9 @@ import gc
 import heapq
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import count
 
 from kvatlas_common.engines.pages import CacheConfig
@@ -30,10 +30,11 @@ from kvatlas_loadtest.kv_events import KvEvent
 from kvatlas_loadtest.loads import oracle
 from kvatlas_loadtest.loads.arrivals import Arrival, checked
 from kvatlas_loadtest.loads.books import Books
+from kvatlas_loadtest.loads.flights import Flight
 from kvatlas_loadtest.loads.naming import BlockNames, Named
 from kvatlas_loadtest.loads.outcomes import Outcome, Run, Sample
 from kvatlas_loadtest.loads.presets import PROFILE
-from kvatlas_loadtest.loads.routing import Decider, Decision, Flying, Known, Sent, decider
+from kvatlas_loadtest.loads.routing import Decider, Flying, Known, decider
 from kvatlas_loadtest.loads.settings import Settings
 from kvatlas_loadtest.loads.virtual_engine import EngineLoad, VirtualEngine
 from kvatlas_loadtest.loads.virtual_index import EPOCH_S, MODEL, VirtualIndex, Wires
@@ -41,30 +42,6 @@ from kvatlas_loadtest.scheduler import EngineFull, EngineRequest, PromptTooLong
 
 ATTEMPTS = 3
 PROBED_S = 1.0  # until the index knows that an engine is down, or up again
-
-
-@dataclass(slots=True, eq=False)
-class _Flight:
-    """One request on its way."""
-
-    index: int
-    router: int
-    sent_s: float
-    named: Named
-    asked: Asked
-    decision: Decision | None = None
-    left: list[EngineId] = field(default_factory=list)  # engines still to be tried, best first
-    engine: EngineId | None = None
-    request: EngineRequest | None = None
-    uncached: int = 0
-    ticket: Sent | None = None
-    first_s: float | None = None
-    told: bool = False  # its router knows of the first token
-    retries: int = -1
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.asked.prompt_tokens // self.asked.block_size)
 
 
 class Simulation:
@@ -93,6 +70,7 @@ class Simulation:
             decider(policy, random.Random(f"{settings.seed} router {n}").random) for n in range(settings.routers)
         ]
         self._needs_events = self._routers[0].needs_events
+        self._reports = settings.routers > 1 or self._routers[0].needs_reports
         self._books = Books(settings.routers, ids, settings.share_s)
         self._names = BlockNames(PROFILE, arrivals)
         self._named: list[Named | None] = [None] * len(arrivals)
@@ -106,7 +84,7 @@ class Simulation:
         self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
         self._notes: list[tuple[float, int, Callable[[float], None]]] = []
         self._counter = count()
-        self._flights: dict[EngineRequest, _Flight] = {}
+        self._flights: dict[EngineRequest, Flight] = {}
         self._awaited = 0  # requests in flight that others follow
         self._loads: dict[EngineId, Load] = dict.fromkeys(ids, Load())
         self._scraped_at = 0.0
@@ -205,24 +183,29 @@ class Simulation:
             model=MODEL,
             profile=PROFILE.name,
             views=[view for view in self.index.views() if view.health is not Health.DOWN],
-            loads={e: replace(load, others=self.index.others(e, router)) for e, load in self._loads.items()},
+            loads=self._loads_for(router),
             flying=self._books.of(router, now),
             held=lambda: self.index.held(asked.keys),
             estimated=lambda: self.index.estimated(asked.keys, now),
         )
-        flight = _Flight(index, router, now, named, asked, self._routers[router].choose(asked, known, now))
+        flight = Flight(index, router, now, named, asked, self._routers[router].choose(asked, known, now))
         flight.left = list(flight.decision.engines[:ATTEMPTS]) if flight.decision else []
         self._send(flight, now)
 
-    def _send(self, flight: _Flight, now: float) -> None:
+    def _loads_for(self, router: int) -> Mapping[EngineId, Load]:
+        if self._settings.routers == 1:
+            return self._loads
+        return {e: replace(load, others=self.index.others(e, router)) for e, load in self._loads.items()}
+
+    def _send(self, flight: Flight, now: float) -> None:
         """To the first engine left that takes it."""
         while flight.left:
             engine = self.engines[flight.left.pop(0)]
             flight.retries += 1
             if not engine.up:
-                self._routers[flight.router].failed(engine.id, now)
+                self._routers[flight.router].refused(engine.id, now)
                 continue
-            request = self._request(flight)
+            request = flight.new_request(self._arrivals[flight.index])
             try:
                 engine.submit(request, now)
             except PromptTooLong:
@@ -236,20 +219,9 @@ class Simulation:
             return None
         return self._end(flight, now, "no-engine")
 
-    def _request(self, flight: _Flight) -> EngineRequest:
-        arrival, named = self._arrivals[flight.index], flight.named
-        return EngineRequest(
-            str(flight.index),
-            [*named.root, *[0] * (named.prompt_tokens - len(named.root))],
-            arrival.output_tokens,
-            _Chain(named.keys, PROFILE.block_size),
-            _token,
-            first_extra_keys=(arrival.salt,) if arrival.salt else None,
-        )
-
     # -- what routers learn -------------------------------------------------------------------------------------------
 
-    def _enter(self, flight: _Flight, now: float) -> None:
+    def _enter(self, flight: Flight, now: float) -> None:
         engine, decision, asked = flight.engine, flight.decision, flight.asked
         assert engine is not None
         assert decision is not None
@@ -257,19 +229,21 @@ class Simulation:
         cached = decision.predicted(engine)
         flight.uncached = asked.prompt_tokens - cached
         self._books.change(flight.router, engine, Flying(1, flight.uncached, flight.blocks), now)
-        keys = {PROFILE.name: asked.keys}
-        self._report(flight, Routed(str(flight.index), engine, MODEL, asked.prompt_tokens, cached, keys), now)
+        if self._reports:
+            keys = {PROFILE.name: asked.keys}
+            self._report(flight, Routed(str(flight.index), engine, MODEL, asked.prompt_tokens, cached, keys), now)
 
-    def _started(self, flight: _Flight, now: float) -> None:
+    def _started(self, flight: Flight, now: float) -> None:
         """Its router has seen the first token."""
         assert flight.engine is not None
         assert flight.ticket is not None
         flight.ticket.started(now)
         flight.told = True
         self._books.change(flight.router, flight.engine, Flying(0, -flight.uncached), now)
-        self._report(flight, FirstToken(str(flight.index), flight.engine, MODEL, now - flight.sent_s), now)
+        if self._reports:
+            self._report(flight, FirstToken(str(flight.index), flight.engine, MODEL, now - flight.sent_s), now)
 
-    def _leave(self, flight: _Flight, now: float, ending: Ending) -> None:
+    def _leave(self, flight: Flight, now: float, ending: Ending) -> None:
         """It is no longer in flight where it was."""
         engine, ticket, request = flight.engine, flight.ticket, flight.request
         assert engine is not None
@@ -278,15 +252,18 @@ class Simulation:
         cached, output = request.cached_tokens or 0, len(request.tokens) - len(request.prompt)
         if ending is Ending.OK:
             ticket.ended(now, cached, output)
+        else:
+            ticket.failed(now)
         ticket.close()
         change = Flying(-1, 0 if flight.told else -flight.uncached, -flight.blocks)
         self._books.change(flight.router, engine, change, now)
-        self._report(flight, Finished(str(flight.index), engine, MODEL, cached, output, True, ending), now)
+        if self._reports:
+            self._report(flight, Finished(str(flight.index), engine, MODEL, cached, output, True, ending), now)
 
-    def _report(self, flight: _Flight, observation: Observation, now: float) -> None:
+    def _report(self, flight: Flight, observation: Observation, now: float) -> None:
         self.index.report(flight.router, observation, now)
 
-    def _end(self, flight: _Flight, now: float, error: str = "") -> None:
+    def _end(self, flight: Flight, now: float, error: str = "") -> None:
         request = flight.request
         began = flight.first_s is not None
         self._outcomes.append(
@@ -344,10 +321,8 @@ class Simulation:
             self._awaited -= flight.index in self._followers
             self._at(moment, lambda at, flight=flight: self._cut(flight, at))  # type: ignore[misc]
 
-    def _cut(self, flight: _Flight, now: float) -> None:
+    def _cut(self, flight: Flight, now: float) -> None:
         """Its engine has died: before the first token it is tried elsewhere, afterwards the answer is cut."""
-        assert flight.engine is not None
-        self._routers[flight.router].failed(flight.engine, now)
         begun = flight.first_s is not None
         self._leave(flight, now, Ending.CUT if begun else Ending.ERROR)
         if begun:
@@ -378,20 +353,3 @@ def _no_collection() -> Iterator[None]:
 def _scraped(engine: VirtualEngine, now: float) -> Load:
     load = engine.load if engine.up else EngineLoad(0, 0, 0.0)
     return Load(load.running, load.waiting, load.kv_usage, scraped_at=EPOCH_S + now)
-
-
-class _Chain:
-    """Hands out the names of a prompt and its answer."""
-
-    __slots__ = ("_at", "_keys", "_size")
-
-    def __init__(self, keys: Sequence[int], size: int) -> None:
-        self._keys, self._size, self._at = keys, size, 0
-
-    def extend(self, token_ids: Sequence[int]) -> Sequence[int]:
-        first = self._at
-        self._at += len(token_ids) // self._size
-        return self._keys[first : self._at]
-
-
-_token = (0).__mul__  # every answer is zeros: nobody reads them, and a million times nothing should cost little

@@ -1,4 +1,4 @@
-"""A simulated engine in virtual time: the scheduler of `EngineCore`, and a clock that is only a number.
+"""A simulated engine in virtual time: the scheduler of `CoastingCore`, and a clock that is only a number.
 
 It runs when it is told to: `advance(until)` does every step that begins before `until`. What a step brings is reported
 with the time it ends, which may be a little later than `until`; whoever drives the engine lets nothing happen to it
@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvatlas_common.words import EngineId
+from kvatlas_loadtest.coasting import CoastingCore
 from kvatlas_loadtest.kv_events import KvEvent
 from kvatlas_loadtest.loads.outcomes import Sample
-from kvatlas_loadtest.scheduler import EngineCore, EngineLimits, EngineRequest
-from kvatlas_loadtest.time_model import StepWork, TimeModel
+from kvatlas_loadtest.scheduler import EngineLimits, EngineRequest
+from kvatlas_loadtest.time_model import TimeModel
 
 
 class Listener(Protocol):
@@ -56,7 +57,7 @@ class VirtualEngine:
         self._listener = listener
         self._sample_s = sample_s
         self._sample_at = 0.0
-        self._core = EngineCore(limits)
+        self._core = CoastingCore(limits)
         self._requests: dict[EngineRequest, None] = {}
 
     @property
@@ -87,7 +88,7 @@ class VirtualEngine:
         lost = self.requests
         self._requests.clear()
         self.preemptions += self._core.counters.preemptions
-        self._core = EngineCore(self._limits)
+        self._core = CoastingCore(self._limits)
         self.up = False
         return lost
 
@@ -96,41 +97,22 @@ class VirtualEngine:
         self.lives += 1
 
     def advance(self, until: float) -> None:
+        """Does every step that begins before `until`."""
         core, seconds, listener = self._core, self._time_model.seconds, self._listener
         while self._requests and self.now < until:
             if self.now >= self._sample_at:
                 self._sample()
-            coast = core.coast()
-            if coast is None:
-                self._step()
-                continue
-            pause = min(until, self._sample_at)
-            while self.now < pause:
-                self.now += seconds(StepWork(0, coast.decoding, coast.context + coast.decoding))
-                ended = coast.step()
-                events = core.take_events()
-                if events:
-                    listener.published(self, self.now, events)
-                for request in ended:
-                    self._finish(request)
-                if not coast.can_step():
-                    break
-        if not self._requests:
-            self._idle(until)
-
-    def _step(self) -> None:
-        step = self._core.schedule()
-        assert step is not None, "requests are here and nothing is scheduled"
-        self.now += self._time_model.seconds(step.work)
-        result = self._core.complete(step)
-        if result.events:
-            self._listener.published(self, self.now, result.events)
-        for sampled in result.sampled:
-            request = sampled.request
-            if len(request.tokens) - len(request.prompt) == 1:
-                self._listener.first_token(request, self.now)
-            if sampled.finish_reason is not None:
+            step = core.step()
+            assert step is not None, "requests are here and nothing is computed"
+            self.now += seconds(step.work)
+            if step.events:
+                listener.published(self, self.now, step.events)
+            for request in step.began:
+                listener.first_token(request, self.now)
+            for request in step.ended:
                 self._finish(request)
+        if not self._requests and self.now >= self._sample_at:
+            self._sample()
 
     def _finish(self, request: EngineRequest) -> None:
         del self._requests[request]
@@ -141,8 +123,3 @@ class VirtualEngine:
         at_s = round(self._sample_at, 6)
         self._listener.sampled(Sample(at_s, self.number, load.running, load.waiting, round(load.kv_usage, 4)))
         self._sample_at = (self.now // self._sample_s + 1) * self._sample_s
-
-    def _idle(self, until: float) -> None:
-        """Nothing to do: samples of an idle engine are not taken, and nobody misses them."""
-        if self.now >= self._sample_at:
-            self._sample()

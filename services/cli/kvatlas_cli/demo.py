@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,9 +28,13 @@ from kvatlas_common.logs import setup_logs
 from kvatlas_indexer.settings import IndexerSettings
 from kvatlas_loadtest.client import Answer, ask
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
+from kvatlas_loadtest.loads.arrivals import Arrival, Segment
+from kvatlas_loadtest.loads.figures import Figures, figures
+from kvatlas_loadtest.loads.outcomes import Outcome, Run
+from kvatlas_loadtest.loads.real_time import Player, Target
+from kvatlas_loadtest.loads.rendering import Rendering
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.time_model import TimeModel
-from kvatlas_loadtest.workload import LoadReport, Workload, run_load
 from kvatlas_router.settings import RouterSettings
 
 ENGINES = 3
@@ -44,7 +49,8 @@ OPENING = (
     "I light the lamp and go down the stairs under the old library, counting the steps. What do I see at the bottom, "
     "and which of the three doors is open?"
 )
-LOAD = Workload(customers=12, users=3, questions=4, context_words=1500, question_words=60, answer_tokens=16, seed=1)
+CUSTOMERS, QUESTIONS_EACH, AT_A_TIME, SEED = 12, 12, 6, 1
+CONTEXT, QUESTION, ANSWER = 1500, 60, 16  # tokens
 LIMITS = EngineLimits(num_blocks=700, block_size=16)  # room for about six of the twelve contexts: no engine holds all
 TIME = TimeModel(speed=4.0)
 
@@ -66,13 +72,15 @@ class Check:
 @dataclass(frozen=True, slots=True)
 class Demo:
     check: Check
-    reports: Mapping[str, LoadReport]
+    figures: Mapping[str, Figures]
 
     @property
     def precise_won(self) -> bool:
-        random, precise = self.reports["random"], self.reports["precise"]
-        faster = precise.ttft_p50_s < random.ttft_p50_s and precise.ttft_p90_s < random.ttft_p90_s
-        return faster and precise.cached_share > random.cached_share and not precise.errors
+        blind, precise = self.figures["random"], self.figures["precise"]
+        if blind.ttft is None or precise.ttft is None or precise.errors or precise.shed:
+            return False
+        faster = precise.ttft.p50 < blind.ttft.p50 and precise.ttft.p90 < blind.ttft.p90
+        return faster and precise.cached_share > blind.cached_share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,14 +94,14 @@ def run(arguments: argparse.Namespace) -> int:
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         demo = runner.run(_demo(console))
     if arguments.json:
-        reports = {policy: asdict(report) for policy, report in demo.reports.items()}
+        reports = {policy: _as_json(those) for policy, those in demo.figures.items()}
         print(json.dumps({"check": asdict(demo.check), "reports": reports, "precise_won": demo.precise_won}))
     _print(console, demo)
     return 0 if demo.check.passed and demo.precise_won else 1
 
 
 async def _demo(console: Console) -> Demo:
-    reports: dict[str, LoadReport] = {}
+    found: dict[str, Figures] = {}
     configs = [EngineConfig(limits=LIMITS, time_model=TIME, seed=number) for number in range(ENGINES)]
     console.print(f"{ENGINES} simulated engines, each {TIME.speed:g} times as fast as a 32B model on one large GPU")
     check: Check | None = None
@@ -103,9 +111,9 @@ async def _demo(console: Console) -> Demo:
             if policy == "precise":
                 check = await _check(stack)
                 _print_check(console, check)
-            reports[policy] = await _load(console, stack, policy)
+            found[policy] = await _load(console, stack, policy)
     assert check is not None
-    return Demo(check, reports)
+    return Demo(check, found)
 
 
 def _serving(policy: str, engines: tuple[SimulatedEngine, ...]) -> Any:
@@ -180,15 +188,34 @@ async def _indexed(stack: local.LocalStack, answered: Answer) -> None:
     await local.until(stored, "the index showed the first answer's blocks", READY_S)
 
 
-async def _load(console: Console, stack: local.LocalStack, policy: str) -> LoadReport:
+def _arrivals() -> list[Arrival]:
+    """Every customer's context with questions nobody asked before, shuffled; each is asked when the one `AT_A_TIME`
+    before it has been answered."""
+    customers = [c for c in range(CUSTOMERS) for _ in range(QUESTIONS_EACH)]
+    random.Random(SEED).shuffle(customers)
+    return [
+        Arrival(
+            at_s=0.0,
+            prompt=(Segment(customer, CONTEXT), Segment(CUSTOMERS + number, QUESTION)),
+            output_tokens=ANSWER,
+            after=number - AT_A_TIME if number >= AT_A_TIME else None,
+        )
+        for number, customer in enumerate(customers)
+    ]
+
+
+async def _load(console: Console, stack: local.LocalStack, policy: str) -> Figures:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    arrivals = _arrivals()
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{policy:>8} routing", total=len(LOAD))
+        task = progress.add_task(f"{policy:>8} routing", total=len(arrivals))
 
-        def moved(done: int, total: int) -> None:
-            progress.update(task, completed=done)
+        def answered(outcome: Outcome) -> None:
+            progress.advance(task)
 
-        return await run_load(stack.url, LOAD, concurrency=6, on_progress=moved)
+        player = Player(Target(stack.url, Rendering("tiny")), arrivals, answered)
+        await player.play()
+    return figures(Run(policy, "demo", SEED, tuple(player.outcomes), samples=(), oracle_cached_tokens=0))
 
 
 def _print_check(console: Console, check: Check) -> None:
@@ -199,17 +226,35 @@ def _print_check(console: Console, check: Check) -> None:
     )
 
 
+def _as_json(those: Figures) -> dict[str, Any]:
+    return {
+        "requests": those.requests,
+        "errors": those.errors,
+        "shed": those.shed,
+        "ttft_p50_s": those.ttft.p50 if those.ttft else None,
+        "ttft_p90_s": those.ttft.p90 if those.ttft else None,
+        "cached_share": those.cached_share,
+        "per_engine": {name: engine.requests for name, engine in those.engines.items()},
+        "output_tokens_per_s": those.output_tokens_per_s,
+        "duration_s": those.duration_s,
+    }
+
+
 def _print(console: Console, demo: Demo) -> None:
     table = Table("routing", "TTFT P50", "TTFT P90", "cached", "output tokens/s", "requests per engine", "errors")
-    for policy, report in demo.reports.items():
+    for policy, those in demo.figures.items():
         table.add_row(
             policy,
-            f"{report.ttft_p50_s * 1000:.0f} ms",
-            f"{report.ttft_p90_s * 1000:.0f} ms",
-            f"{report.cached_share:.0%}",
-            f"{report.output_tokens_per_s:.0f}",
-            " / ".join(str(count) for _, count in sorted(report.per_engine.items())),
-            str(sum(report.errors.values())),
+            _milliseconds(those.ttft.p50 if those.ttft else None),
+            _milliseconds(those.ttft.p90 if those.ttft else None),
+            f"{those.cached_share:.0%}",
+            f"{those.output_tokens_per_s:.0f}",
+            " / ".join(str(engine.requests) for _, engine in sorted(those.engines.items())),
+            str(those.failed + those.shed),
         )
     console.print(table)
     console.print("precise routing won" if demo.precise_won else "precise routing did NOT win")
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1000:.0f} ms"

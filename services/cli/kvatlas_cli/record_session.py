@@ -23,7 +23,7 @@ from kvatlas_common.engines.pages import CacheConfig
 from kvatlas_common.prompts.requests import COMPLETIONS
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.replay_client import ReplayClient, ReplayOutcome
-from kvatlas_loadtest.workload import WORDS
+from kvatlas_loadtest.texts import WORDS
 
 PROBE_WORDS = 600  # where the engine does not tell its block size
 PROBES = 3

@@ -17,7 +17,7 @@ from typing import Any
 
 from kvatlas_cli.record_answers import Answer, Request
 from kvatlas_common.prompts.requests import CHAT, COMPLETIONS
-from kvatlas_loadtest.workload import WORDS
+from kvatlas_loadtest.texts import WORDS
 
 CONVERSATIONS = 6  # alive at a time
 SALTS = (None, None, None, "tenant-a", "tenant-b")

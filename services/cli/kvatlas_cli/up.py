@@ -12,6 +12,7 @@ import uvloop
 from pydantic import Field
 
 from kvatlas_cli import local
+from kvatlas_common.lasting import keep_what_is_built
 from kvatlas_common.logs import setup_logs
 from kvatlas_common.settings import load
 from kvatlas_indexer.settings import IndexerSettings
@@ -49,6 +50,7 @@ async def _up(settings: UpSettings, environ: Mapping[str, str]) -> None:
         loop.add_signal_handler(number, asked.set)
     configs = [EngineConfig(seed=number) for number in range(settings.simulate)]
     async with local.simulated(configs) as engines, local.serving(settings, settings, engines, environ) as stack:
+        keep_what_is_built()
         _say(settings, stack)
         waiting = asyncio.ensure_future(asked.wait())
         failed = asyncio.ensure_future(stack.indexer.until_failed())

@@ -21,6 +21,7 @@ from kvatlas_common.engines.probe import EngineFacts, ProbePlan, Prober
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.findings import Code, Finding
 from kvatlas_common.fleet import Fleet, Load
+from kvatlas_common.lasting import keep_what_is_built
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.adapters.findings import Watch
 from kvatlas_indexer.adapters.front import Front
@@ -208,6 +209,7 @@ class Indexer:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asked.set)
         await self.start()
+        keep_what_is_built()
         waiting = [asyncio.create_task(asked.wait()), asyncio.create_task(self.until_failed())]
         try:
             ended, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import AsyncExitStack
 
+from kvatlas_common.lasting import keep_what_is_built
 from kvatlas_common.logs import LimitedLog
 from kvatlas_router.adapters.admin import build_admin
 from kvatlas_router.adapters.decide import Decider
@@ -91,15 +92,15 @@ class Router:
         gate = self._gate = Gate(
             Admission(AdmissionRules(settings.queue_max, settings.queue_deadline_s)),
             Pressure(_pressure_rules(settings)),
-            fleet=lambda: self.fleet.fleet,
+            decider=decider,
             loads=self.index.loads,
-            chooser=chooser,
             metrics=metrics,
             clock=time.monotonic,
         )
         results.on_change = gate.poke
         fail_opens = self._fail_opens = FailOpens()
         self._watch = Watch(self._see, metrics)
+        self.index.on_load = gate.load_told
         self._api = PublicApi(
             rules=_rules(settings),
             fleet=lambda: self.fleet.fleet,
@@ -184,6 +185,7 @@ class Router:
             loop.add_signal_handler(number, stop)
         try:
             await self.start()
+            keep_what_is_built()
             await asked.wait()
             await self.stop(self._settings.drain_delay_s)
         finally:

@@ -23,8 +23,8 @@ from kvatlas_cli.__main__ import _parser, main
 from kvatlas_cli.lookup import question_of
 from kvatlas_indexer.settings import IndexerSettings
 from kvatlas_loadtest.engine import EngineConfig
+from kvatlas_loadtest.texts import WORDS
 from kvatlas_loadtest.time_model import NO_TIME
-from kvatlas_loadtest.workload import WORDS
 from kvatlas_router.settings import RouterSettings
 
 PROMPT = " ".join(WORDS * 2)

@@ -76,3 +76,11 @@ def test_asking_for_usage_keeps_the_bytes_of_other_values() -> None:
     assert bytes(fields["temperature"]) == b"0.10"
     assert bytes(fields["big"]) == b"12345678901234567890123"
     assert bytes(fields["prompt"]) == b'"\\u00e9"'
+
+
+@pytest.mark.parametrize(
+    "message", [{"role": "user", "content": "é" * 5000}, {"content": ["a" * 5000, {"n": 1}], "role": "x"}]
+)
+def test_an_opening_is_how_the_first_message_begins(message: dict[str, Any]) -> None:
+    body = Body.parse(json.dumps({"messages": [message, {"role": "user", "content": "later"}]}).encode())
+    assert body.opening() == msgspec.json.encode([message])[:1024]

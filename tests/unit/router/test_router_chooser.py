@@ -77,7 +77,7 @@ def test_what_other_routers_sent_counts_like_our_own() -> None:
     load = {A: Load(others=InFlight(prefilling=2, prefill_tokens=9000, decoding=3))}
     choice = choose(chooser, ask(0), 1.0, loads=load)
     assert choice.engine.id == B
-    assert (choice.terms[1].queued_tokens, choice.terms[1].pending, choice.terms[1].decoding) == (9000, 2, 3)
+    assert choice.terms[1].ahead[:3] == (9000, 2, 3)
 
 
 def test_traffic_of_strangers_counts_once_it_is_steady() -> None:
@@ -86,7 +86,7 @@ def test_traffic_of_strangers_counts_once_it_is_steady() -> None:
         load = {A: Load(running=5, waiting=2, scraped_at=100.0 + turn)}
         choice = choose(chooser, ask(0), 1.0 + turn, loads=load)
         of_a = next(t for t in choice.terms if t.engine == A)
-        assert (of_a.pending, of_a.decoding) == ((2, 5) if turn == 2 else (0, 0))
+        assert (of_a.ahead.pending, of_a.ahead.decoding) == ((2, 5) if turn == 2 else (0, 0))
         assert choose(chooser, ask(0), 1.0 + turn, loads=load) is not None  # the same figures are not counted again
 
 
@@ -96,7 +96,7 @@ def test_our_own_requests_are_no_strangers() -> None:
         chooser.send(choose(chooser, ask(0), 1.0, MatchAnswer((held(A, 100),))).terms[0], ask(0), 1.0)
         load = {A: Load(running=turn, waiting=1, scraped_at=100.0 + turn)}
         of_a = choose(chooser, ask(0), 1.0, MatchAnswer((held(A, 100),)), load).terms[0]
-        assert of_a.in_flight == turn + 1
+        assert of_a.ahead.in_flight == turn + 1
 
 
 def held(engine: EngineId, blocks: int) -> EngineMatch:

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -15,13 +16,16 @@ from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_router.core.ask import Ask
-from kvatlas_router.core.choice import Candidate, Choice, NoEngine, Standing, Strategy
+from kvatlas_router.core.choice import Candidate, Choice, EngineState, NoEngine, Standing, Strategy
+from kvatlas_router.core.cost import Ahead, Quote
 from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.plans import Plan
 from kvatlas_router.core.policies import PolicyName, Situation, policy
 from kvatlas_router.core.policies.by_hash import rendezvous
+from kvatlas_router.core.rates import PRIOR
 
 CHANCE = random.Random(5).random
+ANSWER_TOKENS = 500.0
 
 
 def view(number: int, health: Health = Health.READY) -> EngineView:
@@ -30,7 +34,25 @@ def view(number: int, health: Health = Health.READY) -> EngineView:
 
 def holding(number: int, blocks: int = 0, **also: object) -> Candidate:
     match = EngineMatch(view(number).id, blocks, {Medium.GPU: blocks}, True) if blocks else None
-    return Candidate(view(number), match, True, 64)._replace(**also)  # type: ignore[arg-type]
+    return with_(Candidate(EngineState.of(view(number)), match, True, 64), **also)
+
+
+def bare(number: int, health: Health = Health.READY, known: bool = False, **also: object) -> Candidate:
+    """Nothing is known of it."""
+    return with_(Candidate(EngineState.of(view(number, health)), known=known, block_size=64), **also)
+
+
+def with_(candidate: Candidate, **also: object) -> Candidate:
+    """Fields of the candidate, of its state, or of what is ahead there."""
+
+    def of(named: type[NamedTuple]) -> Any:
+        return {n: v for n, v in also.items() if n in named._fields}
+
+    before = candidate.state
+    ahead = before.ahead._replace(**of(Ahead))
+    own = {"last_used": before.last_used, "share": before.share} | {n: also[n] for n in ("trust",) if n in also}
+    state = EngineState.of(before.view, ahead, Quote(PRIOR, ahead, ANSWER_TOKENS), **own | of(EngineState))
+    return candidate._replace(state=state, **of(Candidate))
 
 
 def choose(
@@ -43,7 +65,7 @@ def choose(
     **ask: object,
 ) -> Choice:
     asked = replace(Ask("m", tokens), **ask)  # type: ignore[arg-type]
-    situation = Situation(asked, candidates, None, chance, answer_tokens=500.0)
+    situation = Situation(asked, candidates, None, chance)
     choice = policy(name, temperature_ms=temperature_ms).choose(situation)
     assert choice is not None
     return choice
@@ -56,14 +78,10 @@ def numbers(choice: Choice) -> list[str]:
 candidates = st.lists(
     st.builds(
         lambda number, health, blocks, known, queued, used, trust, share: Candidate(
-            view(number, health),
+            EngineState.of(view(number, health), Ahead(queued), last_used=used, trust=trust, share=share),
             EngineMatch(view(number).id, blocks, {Medium.GPU: blocks}, True) if blocks and known else None,
             known,
             64,
-            queued_tokens=queued,
-            last_used=used,
-            trust=trust,
-            share=share,
         ),
         st.integers(1, 250),
         st.sampled_from(Health),
@@ -83,7 +101,7 @@ candidates = st.lists(
 def test_cost_picks_what_a_plain_search_picks(found: list[Candidate], tokens: int) -> None:
     usable = [c for c in found if c.view.health is not Health.DOWN]
     if not any(c.known for c in found):
-        asked = Situation(Ask("m", tokens), found, None, lambda: 0.5, 0.0)
+        asked = Situation(Ask("m", tokens), found, None, lambda: 0.5)
         assert policy(PolicyName.PRECISE).choose(asked) is None
         return
     if not usable:
@@ -92,9 +110,9 @@ def test_cost_picks_what_a_plain_search_picks(found: list[Candidate], tokens: in
         return
     choice = choose(PolicyName.PRECISE, found, tokens)
     assert {t.engine for t in choice.terms} == {c.view.id for c in usable}
-    share = {c.view.id: c.share for c in found}
-    worth = {t.engine: (t.standing, round(t.cost.total_ms / share[t.engine])) for t in choice.terms}
-    used = {c.view.id: c.last_used for c in found}
+    share = {c.view.id: c.state.share for c in found}
+    worth = {t.engine: (t.state.standing, round(t.cost.total_ms / share[t.engine])) for t in choice.terms}
+    used = {c.view.id: c.state.last_used for c in found}
     assert choice.engine.id == min(worth, key=lambda e: (*worth[e], used[e], [c.view.id for c in found].index(e)))
 
 
@@ -122,12 +140,14 @@ def test_an_engine_with_the_prefix_loses_exactly_when_another_is_faster() -> Non
 def test_a_hot_prefix_spreads_when_its_engine_is_busy() -> None:
     idle, busy = holding(2), holding(1, 90, decoding=10)
     assert choose(PolicyName.PRECISE, [busy, idle], 6000).engine == busy.view
-    assert choose(PolicyName.PRECISE, [busy._replace(decoding=900), idle], 6000).engine == idle.view
+    assert choose(PolicyName.PRECISE, [with_(busy, decoding=900), idle], 6000).engine == idle.view
 
 
 def test_blocks_on_a_slower_medium_cost_their_transfer() -> None:
     far = EngineMatch(view(1).id, 50, {Medium.GPU: 10, Medium.STORAGE: 40}, True)
-    choice = choose(PolicyName.PRECISE, [Candidate(view(1), far, True, 64), holding(2, 50), holding(3)], 4000)
+    choice = choose(
+        PolicyName.PRECISE, [Candidate(EngineState.of(view(1)), far, True, 64), holding(2, 50), holding(3)], 4000
+    )
     assert numbers(choice) == ["2", "1", "3"]
     assert choice.terms[1].transferred == ((Medium.STORAGE, 2560),)
     assert choice.terms[1].cost.transfer_ms > 0 == choice.terms[0].cost.transfer_ms
@@ -154,10 +174,10 @@ def test_an_engine_that_failed_goes_last_and_one_that_is_down_not_at_all() -> No
     fleet = [
         holding(4, 9, trust=Trust.EJECTED),
         holding(1, 9, trust=Trust.SUSPECT),
-        Candidate(view(2, Health.UNKNOWN), known=True),
-        Candidate(view(3, Health.DOWN)),
+        bare(2, Health.UNKNOWN, known=True),
+        bare(3, Health.DOWN),
     ]
-    standings = [t.standing for t in choose(PolicyName.PRECISE, fleet).terms]
+    standings = [t.state.standing for t in choose(PolicyName.PRECISE, fleet).terms]
     assert standings == [Standing.UNKNOWN, Standing.SUSPECT, Standing.EJECTED]
 
 
@@ -170,7 +190,7 @@ def test_an_engine_that_starts_slowly_gets_what_only_it_holds_and_little_else() 
 
 
 def test_unknown_is_not_empty() -> None:
-    choice = choose(PolicyName.PRECISE, [holding(1), Candidate(view(2), known=False)])
+    choice = choose(PolicyName.PRECISE, [holding(1), bare(2)])
     assert {t.engine.address: t.cached_tokens for t in choice.terms} == {"10.0.0.1:8000": 0, "10.0.0.2:8000": None}
 
 
@@ -191,7 +211,7 @@ def test_temperature_explores_and_prefers_the_better() -> None:
 
 @given(st.binary(min_size=1, max_size=40), st.integers(2, 12))
 def test_when_an_engine_leaves_only_its_own_sessions_move(session: bytes, engines: int) -> None:
-    fleet = [Candidate(view(n)) for n in range(1, engines + 1)]
+    fleet = [bare(n) for n in range(1, engines + 1)]
     first = choose(PolicyName.SESSION, fleet, session=session)
     again = choose(PolicyName.SESSION, list(reversed(fleet)), session=session)
     assert [t.engine for t in first.terms] == [t.engine for t in again.terms]
@@ -212,13 +232,13 @@ def test_what_everybody_shares_does_not_bury_an_engine(name: PolicyName) -> None
     """Each of 100 simultaneous requests of one session goes where the rule says; none gets more than its share."""
     loads = dict.fromkeys(range(1, 5), 0)
     for _ in range(100):
-        fleet = [Candidate(view(n), decoding=loads[n]) for n in loads]
+        fleet = [bare(n, decoding=loads[n]) for n in loads]
         loads[int(numbers(choose(name, fleet, session=b"the same", prefix=b"the same"))[0])] += 1
     assert max(loads.values()) <= 1.25 * 25 + 5
 
 
 def test_hashing_goes_by_how_the_prompt_begins_and_sessions_by_their_name() -> None:
-    fleet = [Candidate(view(n)) for n in range(1, 9)]
+    fleet = [bare(n) for n in range(1, 9)]
     by_prefix = {
         numbers(choose(PolicyName.CONSISTENT_HASH, fleet, session=b"%d" % n, prefix=b"p"))[0] for n in range(9)
     }
@@ -227,37 +247,37 @@ def test_hashing_goes_by_how_the_prompt_begins_and_sessions_by_their_name() -> N
 
 
 def test_what_keeps_the_response_goes_first_whatever_its_load() -> None:
-    fleet = [Candidate(view(n), decoding=1000 if n == 3 else 0) for n in range(1, 5)]
+    fleet = [bare(n, decoding=1000 if n == 3 else 0) for n in range(1, 5)]
     choice = choose(PolicyName.SESSION, fleet, session=b"s", home=view(3).id)
     assert (choice.engine, choice.reason.strategy) == (view(3), Strategy.AFFINITY)
 
 
 def test_load_takes_the_fewest_requests_then_the_least_queued() -> None:
     fleet = [
-        Candidate(view(1), decoding=1, queued_tokens=10),
-        Candidate(view(2), pending=2),
-        Candidate(view(3), decoding=1),
+        bare(1, decoding=1, queued_tokens=10),
+        bare(2, pending=2),
+        bare(3, decoding=1),
     ]
     assert numbers(choose(PolicyName.LEAST_LOAD, fleet)) == ["3", "1", "2"]
 
 
 def test_of_two_at_random_the_less_loaded_and_never_the_worst_of_all() -> None:
-    fleet = [Candidate(view(n), decoding=n) for n in range(1, 6)]
+    fleet = [bare(n, decoding=n) for n in range(1, 6)]
     firsts = Counter(numbers(choose(PolicyName.POWER_OF_TWO, fleet))[0] for _ in range(500))
     assert firsts["5"] == 0
     assert firsts["1"] > firsts["2"] > firsts["3"] > firsts["4"] > 0
 
 
 def test_turns_go_round() -> None:
-    fleet = [Candidate(view(n)) for n in (1, 2, 3)]
+    fleet = [bare(n) for n in (1, 2, 3)]
     turning = policy(PolicyName.ROUND_ROBIN)
-    situation = Situation(Ask("m", 5), fleet, None, lambda: 0.5, 0.0)
+    situation = Situation(Ask("m", 5), fleet, None, lambda: 0.5)
     chosen = [turning.choose(situation) for _ in range(6)]
     assert [numbers(c)[0] for c in chosen if c] == ["1", "2", "3", "1", "2", "3"]
 
 
 def test_chance_is_repeatable_and_fair() -> None:
-    fleet = [Candidate(view(n)) for n in (1, 2, 3)]
+    fleet = [bare(n) for n in (1, 2, 3)]
     one, other = random.Random(7), random.Random(7)
     first = [numbers(choose(PolicyName.RANDOM, fleet, chance=one.random))[0] for _ in range(900)]
     assert first == [numbers(choose(PolicyName.RANDOM, fleet, chance=other.random))[0] for _ in range(900)]
@@ -266,7 +286,7 @@ def test_chance_is_repeatable_and_fair() -> None:
 
 @pytest.mark.parametrize("name", PolicyName)
 def test_every_plan_ends_with_an_answer(name: PolicyName) -> None:
-    situation = Situation(Ask("m", 100), [Candidate(view(1))], "why", lambda: 0.5, 0.0)
+    situation = Situation(Ask("m", 100), [bare(1)], "why", lambda: 0.5)
     answers = [each.choose(situation) for each in Plan.of(name).policies]
     assert answers[-1] is not None
     assert [a.reason.cause for a in answers if a] == ["why"] * len([a for a in answers if a])

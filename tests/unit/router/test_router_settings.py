@@ -20,6 +20,8 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert (settings.connect_timeout_s, settings.first_byte_timeout_s, settings.idle_timeout_s) == (2, 600, 300)
     assert settings.request_timeout_s == 24 * 3600
     assert settings.policy == "precise"
+    assert (settings.engine_waiting_max, settings.queue_max, settings.queue_deadline_s) == (32, 1024, 60)
+    assert (settings.eject_after, settings.ejection_s, settings.slow_start_s) == (5, 10, 15)
     assert not settings.request_usage
     assert not settings.allow_kv_cache_report_mode
 

@@ -24,6 +24,9 @@ TokenIds = Sequence[int] | npt.NDArray[Any]
 
 NO_EXTRAS = PromptExtras()
 
+PLAIN_TOKENS_MAX = 128
+"""So few are written down one block after the other faster than all at once: the markers around a turn of a chat."""
+
 
 def root_state(profile: HashProfile) -> bytes:
     """The parent of every first block: the hash of the seed string. vLLM 0.32 `init_none_hash`."""
@@ -78,7 +81,8 @@ def _chain(profile: HashProfile, parent: bytes, tokens: TokenIds, extra: Extra |
         return []
     scheme, size, extra = SCHEMES[profile.algorithm], profile.block_size, as_in_engine(extra)
     digest, state = scheme.digest, parent
-    bodies = cbor_bodies(scheme, ids, size, extra) if scheme.cbor and (ids := _int64(tokens)) is not None else None
+    at_once = scheme.cbor and len(tokens) > PLAIN_TOKENS_MAX
+    bodies = cbor_bodies(scheme, ids, size, extra) if at_once and (ids := _int64(tokens)) is not None else None
     states: list[bytes] = []
     if bodies is None:
         listed = _tuple(tokens)

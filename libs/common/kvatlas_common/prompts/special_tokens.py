@@ -11,7 +11,7 @@ of them, and they delimit turns. Source: tokenizers 0.23 tokenizer/added_vocabul
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from tokenizers import AddedToken
@@ -55,27 +55,15 @@ class SpecialTokens:
         self.exact = not any(token.lstrip or token.rstrip or token.single_word for token in raw)
         self._cuts = frozenset(token.content for token in raw if token.special)
         self._tokens = frozenset(token.content for token in raw)
-        self._lengths: dict[str, list[int]] = {}
-        for first in {content[0] for content in self._tokens}:
-            lengths = {len(content) for content in self._tokens if content[0] == first}
-            self._lengths[first] = sorted(lengths, reverse=True)
-        self._firsts = re.compile("[" + re.escape("".join(self._lengths)) + "]") if self._lengths else None
+        self._pattern = re.compile(_longest(self._tokens)) if self._tokens else None
 
     def places(self, text: str) -> Iterator[tuple[int, int]]:
         """(start, end) of every special token, in characters, in order."""
-        if self._firsts is None:
+        if self._pattern is None:
             return
-        done = 0
-        for candidate in self._firsts.finditer(text):
-            start = candidate.start()
-            if start < done:
-                continue
-            for length in self._lengths[text[start]]:
-                if (token := text[start : start + length]) in self._tokens:
-                    done = start + len(token)
-                    if token in self._cuts:
-                        yield start, done
-                    break
+        for found in self._pattern.finditer(text):
+            if found.group() in self._cuts:
+                yield found.span()
 
     def pieces(self, text: str) -> list[str]:
         """The text, cut after every special token; the whole if it cannot be cut exactly. No piece is empty."""
@@ -95,6 +83,23 @@ class SpecialTokens:
             return 0
         edges = [edge for place in self.places(text) for edge in place if edge <= known]
         return max(edges, default=0)
+
+
+def _longest(texts: Collection[str]) -> str:
+    """A pattern for the longest of some texts, in which what they begin with alike stands once: texts full of `<` cost
+    no more than others then, whatever number of tokens begins so.
+    """
+    first, last = min(texts), max(texts)  # what these share, all share
+    begun = first[
+        : next((at for at, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), len(first))
+    ]
+    by_first: dict[str, set[str]] = {}
+    for rest in sorted(text[len(begun) :] for text in texts):
+        by_first.setdefault(rest[:1], set()).add(rest)
+    ends_here = by_first.pop("", None) is not None
+    if not by_first:
+        return re.escape(begun)
+    return f"{re.escape(begun)}(?:{'|'.join(map(_longest, by_first.values()))}){'?' if ends_here else ''}"
 
 
 def treats_pieces_alike(definition: Mapping[str, Any]) -> bool:

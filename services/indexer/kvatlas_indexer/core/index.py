@@ -27,6 +27,7 @@ from kvatlas_indexer.core.contracts import UnknownModel
 from kvatlas_indexer.core.effects import CancelReplay, Message, ReplayEnd, RequestReplay
 from kvatlas_indexer.core.engine import Engine, Network
 from kvatlas_indexer.core.known import Known
+from kvatlas_indexer.core.match import Plan
 from kvatlas_indexer.core.naming import Naming
 from kvatlas_indexer.core.plans import ModelPlan, Plans, matters
 from kvatlas_indexer.core.residency import Residency
@@ -249,11 +250,15 @@ class KvIndex:
         unknown = plan.unknown
         for profile, of_profile in plan.by_profile.items():
             if (keys := prompts.get(profile)) is not None:
-                masks = self.residency.masks(keys) if of_profile.needs_all else self.residency.leading_masks(keys)
-                found += of_profile.match(masks)
+                found += self._matched(of_profile, keys)
             else:
                 unknown += tuple(of_profile.engines)
         return MatchAnswer(tuple(found), unknown).among(engines)
+
+    def _matched(self, plan: Plan, keys: Sequence[int]) -> list[EngineMatch]:
+        if (bits := plan.simple) is not None:
+            return plan.matched(self.residency.fall_outs(keys, bits))
+        return plan.match(self.residency.masks(keys) if plan.needs_all else self.residency.leading_masks(keys))
 
     def holders(self, model: str, key: int) -> tuple[Holder, ...]:
         """Raises `UnknownModel`."""

@@ -83,6 +83,8 @@ class _Careful:
     doubtful: int
 
 
+_new = tuple.__new__  # what a NamedTuple calls, without the function around it
+
 Run: TypeAlias = tuple[int, int, int]
 """(holders, first block, end): consecutive blocks of the prompt with the same holders."""
 
@@ -128,38 +130,46 @@ class Plan:
             )
         )
 
+    @property
+    def simple(self) -> int | None:
+        """A bit per engine, if one bit tells all there is to know of every engine: `matched` is then enough."""
+        return None if self._careful else self._simple_mask
+
     def match(self, masks: Sequence[int]) -> list[EngineMatch]:
         """`masks[i]`: the holders of the prompt's block i. Engines that would serve nothing are left out."""
-        found = self._match_simple(masks)
+        found = self.matched(_fall_outs(masks, self._simple_mask))
         if self._careful:
             runs = list(_runs(masks))
             found += [match for careful in self._careful if (match := _match_careful(careful, runs)).blocks]
         return found
 
-    def _match_simple(self, masks: Sequence[int]) -> list[EngineMatch]:
-        alive, found, depth, same = self._simple_mask, list[EngineMatch](), 0, -1
-        for holders in masks:
-            if holders != same:
-                left = alive & holders
-                if left != alive:
-                    if depth:
-                        self._report(alive ^ left, depth, found)
-                    if not left:
-                        return found
-                    alive = left
-                same = holders
-            depth += 1
-        if depth:
-            self._report(alive, depth, found)
+    def matched(self, fall_outs: Iterable[tuple[int, int]]) -> list[EngineMatch]:
+        """`fall_outs`: after how many leading blocks which engines' bits are missing."""
+        found, simple = list[EngineMatch](), self._simple
+        for depth, fallen in fall_outs:
+            bits = fallen if depth else 0
+            while bits:
+                index = bits.bit_length() - 1
+                bits ^= 1 << index
+                engine, exact, medium, dropped = simple[index]
+                if depth > dropped:
+                    blocks = depth - dropped
+                    found.append(_new(EngineMatch, (engine, blocks, {medium: blocks}, exact, 0, 0)))
         return found
 
-    def _report(self, bits: int, depth: int, found: list[EngineMatch]) -> None:
-        while bits:
-            index = bits.bit_length() - 1
-            bits ^= 1 << index
-            engine, exact, medium, dropped = self._simple[index]
-            if depth > dropped:
-                found.append(EngineMatch(engine, depth - dropped, {medium: depth - dropped}, exact))
+
+def _fall_outs(masks: Sequence[int], bits: int) -> Iterator[tuple[int, int]]:
+    alive, same = bits, -1
+    for depth, holders in enumerate(masks):
+        if holders != same:
+            left = alive & holders
+            if left != alive:
+                yield depth, alive ^ left
+                if not left:
+                    return
+                alive = left
+            same = holders
+    yield len(masks), alive
 
 
 def _runs(masks: Sequence[int]) -> Iterator[Run]:

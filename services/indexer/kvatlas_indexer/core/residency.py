@@ -174,6 +174,27 @@ class Residency:
             masks += found
         return masks
 
+    def fall_outs(self, keys: Iterable[int], bits: int) -> list[tuple[int, int]]:
+        """After how many leading blocks which of these bits fall out: (blocks, bits), in order; all of them, once each.
+
+        The same as an AND over `leading_masks`, in one pass: the lookup of a whole fleet is this loop.
+        """
+        found, parts, alive, same, depth = list[tuple[int, int]](), self._parts, bits, -1, 0
+        for key in keys:
+            holders = parts[key & _PART_MASK].get(key, 0)
+            if holders is not same:  # of the same value or not: blocks in a row mostly share one integer
+                left = alive & holders
+                if left != alive:
+                    found.append((depth, alive ^ left))
+                    if not left:
+                        return found
+                    alive = left
+                same = holders
+            depth += 1
+        if alive:
+            found.append((depth, alive))
+        return found
+
     def places(self, engine: EngineId) -> dict[tuple[int, Medium], Place]:
         """By (group, medium)."""
         return dict(self._engines.get(engine, {}))

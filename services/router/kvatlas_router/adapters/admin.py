@@ -93,7 +93,7 @@ def _weighed(term: Term, decision: Decision) -> Mapping[str, Any]:
     match = next((m for m in answer.matches if m.engine == term.engine), None) if answer else None
     return {
         "engine": str(term.engine),
-        "standing": term.standing.name.lower(),
+        "standing": term.state.standing.name.lower(),
         "health": term.view.health,
         "sync": term.view.sync,
         "profile": term.view.profile,
@@ -103,9 +103,9 @@ def _weighed(term: Term, decision: Decision) -> Mapping[str, Any]:
         "doubtful": match.doubtful if match else None,
         "cached_tokens": term.cached_tokens,
         "tokens_to_compute": term.to_compute,
-        "queued_tokens": term.queued_tokens,
-        "pending": term.pending,
-        "decoding": term.decoding,
+        "queued_tokens": term.ahead.queued_tokens,
+        "pending": term.ahead.pending,
+        "decoding": term.ahead.decoding,
         "ttft_ms": round(term.cost.ttft_ms, 3),
         "cost_ms": round(term.cost.total_ms, 3),
         "cost": {name: round(value, 3) for name, value in term.cost._asdict().items()},

@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
 
-from kvatlas_common.fleet import EngineView, Fleet, Health, Load
+from kvatlas_common.fleet import EngineView, Fleet, Load
 from kvatlas_common.logs import LimitedLog
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.words import EngineId
@@ -144,13 +144,18 @@ class Decider:
     async def decide(self, asked: Asked) -> Decision:
         """Raises `UnknownModel` and `NoEngine`."""
         fleet = self.fleet()
-        model, views = serving(fleet, asked)
+        model, _, views = self.eligible(asked)
         plan = self.plans.of(model)
-        views = _labelled(views, (*plan.labels, *asked.labels), model)
         inquiry = _Inquiry(self, asked, model, views, self._ask(asked, model))
         choice = await inquiry.choice(plan)
         pinned = frozenset(e.address for e in fleet.engines if e.rank)
         return Decision(model, inquiry.ask, choice, inquiry.learnt, pinned)
+
+    def eligible(self, asked: Asked) -> tuple[str, Labels, tuple[EngineView, ...]]:
+        """The model, the labels wanted, and the engines that may serve it. Raises `UnknownModel` and `NoEngine`."""
+        model, views = serving(self.fleet(), asked)
+        labels = (*self.plans.of(model).labels, *asked.labels)
+        return model, labels, _labelled(views, labels, model)
 
     def _ask(self, asked: Asked, model: str) -> Ask:
         """What is known of a request without tokenising it."""
@@ -268,12 +273,11 @@ def _place(error: BaseException) -> str:
 
 def serving(fleet: Fleet, asked: Asked) -> tuple[str, tuple[EngineView, ...]]:
     """The model a request is for, and the engines that may serve it. Raises `UnknownModel` and `NoEngine`."""
-    up = tuple(v for v in fleet.engines.values() if v.health is not Health.DOWN)
     model = asked.body.model or _only_model(fleet)
-    views = up if asked.lookup is Lookup.SESSION else fleet.serving(model)
+    views = fleet.up() if asked.lookup is Lookup.SESSION else fleet.serving(model)
     if views:
         return model, views
-    if up and not any(v.serves(model) for v in fleet.engines.values()):
+    if fleet.up() and not any(v.serves(model) for v in fleet.engines.values()):
         raise UnknownModel(model, fleet.models())
     raise NoEngine(f"no engine that serves {model!r} is up" if fleet.engines else "no engine is known")
 

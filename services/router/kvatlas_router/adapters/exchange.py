@@ -94,7 +94,7 @@ class Exchange:
             "tokenised": str(prompt.where) if prompt else None,
             "predicted_cached_tokens": predicted,
             "cached_tokens": actual,
-            "queued_tokens": told.term.queued_tokens if told.term else None,
+            "queued_tokens": told.term.ahead.queued_tokens if told.term else None,
             "decision_ms": round(sum(decision.learnt.stages.values()) * 1000, 2),
             "ttft_ms": round(self.ttft_s * 1000, 2) if self.ttft_s is not None else None,
             "total_ms": round((time.perf_counter() - self.arrived) * 1000, 2),

@@ -16,14 +16,14 @@ from kvatlas_common.fleet import EngineView, Fleet, Load
 from kvatlas_common.logs import LimitedLog
 from kvatlas_common.words import EngineId
 from kvatlas_router.adapters.asgi import HttpError, Receive, while_connected
-from kvatlas_router.adapters.decide import Asked, Lookup, serving
+from kvatlas_router.adapters.decide import Asked, Decider, Lookup
 from kvatlas_router.adapters.metrics import Metrics
-from kvatlas_router.core.admission import Admission, Cause, Place, Shed, Waiter
-from kvatlas_router.core.chooser import Chooser
+from kvatlas_router.core.admission import Admission, Cause, Line, Place, Shed, Waiter
 from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.pressure import Pressure
 
 LOOK_EVERY_S = 0.1
+LOOK_PAUSE_S = 0.005  # a look at a large fleet costs a tenth of that
 NO_LOAD = Load()
 LOG_INTERVAL_S = 10.0
 ELSEWHERE_RETRY_S = 1
@@ -32,30 +32,30 @@ log = logging.getLogger(__name__)
 
 
 class Gate:
-    """`fleet`, `loads` and `clock` are asked whenever somebody comes, or a place may have come free."""
+    """`loads` and `clock` are asked whenever somebody comes, or a place may have come free."""
 
     def __init__(
         self,
         admission: Admission,
         pressure: Pressure,
         *,
-        fleet: Callable[[], Fleet],
+        decider: Decider,
         loads: Callable[[], Mapping[EngineId, Load]],
-        chooser: Chooser,
         metrics: Metrics,
         clock: Callable[[], float],
     ) -> None:
         self._admission: Final = admission
         self._pressure: Final = pressure
-        self._fleet = fleet
+        self._decider = decider
         self._loads = loads
-        self._chooser = chooser
+        self._chooser = decider.chooser
         self._metrics = metrics
         self._clock = clock
         self._log = LimitedLog(log, LOG_INTERVAL_S, clock)
         self._parked: dict[Waiter, asyncio.Future[None]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._poked = False
+        self._looked_at = float("-inf")
         self._closed = False
         metrics.queued.set_function(lambda: admission.waiting)
 
@@ -64,12 +64,14 @@ class Gate:
         if asked.lookup is not Lookup.PROMPT:
             return Place()
         try:
-            model, views = serving(self._fleet(), asked)
+            model, labels, views = self._decider.eligible(asked)
         except LookupError:
             return Place()  # the choice will say what is wrong
         came_at = self._clock()
-        found = self._admission.ask(model, self._trusted(views), self._free, came_at)
+        line = Line(model, labels)
+        found = self._admission.ask(line, self._trusted(views), self._free, came_at)
         if isinstance(found, Waiter):
+            self._log.info(f"waits {model[:128]}", "requests wait: all engines are saturated", model=model[:128])
             found = await self._turn(found, receive)
             self._metrics.queue_wait.observe(self._clock() - came_at)
         if isinstance(found, Shed):
@@ -80,7 +82,8 @@ class Gate:
         """A place may have come free."""
         if not self._poked and not self._admission.idle:
             self._poked = True
-            asyncio.get_running_loop().call_soon(self._look)
+            pause_s = max(0.0, self._looked_at + LOOK_PAUSE_S - self._clock())
+            asyncio.get_running_loop().call_later(pause_s, self._look)
 
     def release(self, place: Place) -> None:
         """Its request was sent, or came to nothing."""
@@ -91,20 +94,26 @@ class Gate:
         self._pressure.keep_only(fleet.engines.keys())
         self.poke()
 
+    def load_told(self, engine: EngineId, load: Load) -> None:
+        """As it comes, so that what goes there from now on is known to have gone there since."""
+        now = self._clock()
+        unanswered = self._chooser.books.of(engine, now).pending + load.others.prefilling
+        self._pressure.told(engine, load, unanswered, now)
+        self.poke()
+
     def close(self) -> None:
         """The router goes: who still waits, and who would have to, is sent elsewhere."""
         self._closed = True
         now = self._clock()
         for waiter in self._admission.waiters():
-            shed = self._admission.give_up(waiter, Cause.DRAINING, now)
-            self._parked[waiter].set_exception(self._refused(waiter.model, shed))
+            if not self._parked[waiter].done():
+                shed = self._admission.give_up(waiter, Cause.DRAINING, now)
+                self._parked[waiter].set_exception(self._refused(waiter.line.model, shed))
 
     def _free(self, engine: EngineId) -> int:
         now = self._clock()
         ours, load = self._chooser.books.of(engine, now), self._loads().get(engine, NO_LOAD)
-        unanswered = ours.pending + load.others.prefilling
-        self._pressure.told(engine, load, unanswered, now)
-        return self._pressure.places(engine, unanswered, ours.in_flight, now)
+        return self._pressure.places(engine, ours.pending + load.others.prefilling, ours.in_flight, now)
 
     def _trusted(self, views: Sequence[EngineView]) -> Iterator[EngineId]:
         """Places at an engine that is set aside are none, unless all are."""
@@ -116,8 +125,9 @@ class Gate:
         if not found:
             yield from (view.id for view in views)
 
-    def _serving(self, model: str) -> Sequence[EngineId]:
-        return list(self._trusted(self._fleet().serving(model)))
+    def _serving(self, line: Line) -> Sequence[EngineId]:
+        views = self._decider.fleet().serving(line.model)
+        return list(self._trusted([v for v in views if v.labelled(line.labels)] if line.labels else views))
 
     async def _turn(self, waiter: Waiter, receive: Receive) -> Place | Shed:
         if self._closed:
@@ -126,11 +136,9 @@ class Gate:
         self._parked[waiter] = turn = loop.create_future()
         deadline = loop.time() + waiter.deadline - self._clock()
         try:
-            self._look()
-            if waiter.place is None:
-                self._log.info(f"waits {waiter.model}", "requests wait, all engines are saturated", model=waiter.model)
-                async with while_connected(receive), asyncio.timeout_at(deadline):
-                    await turn
+            self.poke()
+            async with while_connected(receive), asyncio.timeout_at(deadline):
+                await turn
         except TimeoutError:
             if waiter.place is None:
                 return self._admission.give_up(waiter, Cause.DEADLINE, self._clock())
@@ -145,8 +153,8 @@ class Gate:
 
     def _look(self) -> None:
         """Wakes those whose turn has come, and looks again soon while others wait."""
-        self._poked = False
-        for waiter in self._admission.pump(self._serving, self._free, self._clock()):
+        self._poked, self._looked_at = False, self._clock()
+        for waiter in self._admission.pump(self._serving, self._free, self._looked_at):
             if not self._parked[waiter].done():
                 self._parked[waiter].set_result(None)
         if self._timer is not None:
@@ -158,7 +166,7 @@ class Gate:
     def _refused(self, model: str, shed: Shed) -> HttpError:
         self._metrics.shed.labels(shed.cause).inc()
         self._log.warning(
-            f"{shed.cause} {model}",
+            f"{shed.cause} {model[:128]}",
             "request turned away",
             cause=str(shed.cause),
             model=model[:128],

@@ -224,7 +224,8 @@ class IndexClient:
         self._deadline_s = deadline_s
         self._metrics = metrics
         self._shards: dict[str, Shard] = {}
-        self._loads = MergedLoads()
+        self.on_load: Callable[[EngineId, Load], None] | None = None
+        self._loads = MergedLoads(self._load_told)
         self._open_requests = OpenRequests()
         self._unresolved: dict[str, str] = {}
         self._turn = 0
@@ -257,6 +258,10 @@ class IndexClient:
     def loads(self) -> Mapping[EngineId, Load]:
         """The latest load of each engine that anybody tells of: one mapping, which changes as they tell."""
         return self._loads.latest
+
+    def _load_told(self, engine: EngineId, load: Load) -> None:
+        if self.on_load is not None:
+            self.on_load(engine, load)
 
     def measured(self, engine: EngineId, load: Load) -> None:
         """This router has scraped it itself. `Load()`: it does so no more."""

@@ -1,11 +1,11 @@
 """Who may be sent on, who waits, and who is turned away when every engine of a model is saturated.
 
-A request that finds a place is sent on at once. Else it waits in its model's queue, first come, first served; only when
+A request that finds a place is sent on at once. Else it waits in its line, first come, first served; only when
 a place frees does it get an engine, chosen by what is known then. The queue is bounded in length and in time: when it
 is full, or a request has waited for `deadline_s`, the client is told when to try again, by how fast the queue moves.
 
 A place that was given is taken until its request was sent (from then on the engine's own figures show it) or came to
-nothing. Models may share engines (adapters): a place that frees goes to the request that came first among all that
+nothing. Lines may share engines (adapters do): a place that frees goes to the request that came first among all that
 could use it. Where no engine is left to wait for, all go on and are told so by the choice.
 """
 
@@ -16,7 +16,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvatlas_common.words import EngineId
 
@@ -24,8 +24,17 @@ PACE_GRANTS = 64  # the pace of a queue is that of its last grants
 RETRY_MIN_S = 1
 RETRY_MAX_S = 120
 
+
+class Line(NamedTuple):
+    """Requests that may go to the same engines wait in one queue: those that serve the model and have the labels."""
+
+    model: str
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+_ANY = Line("")
 Free = Callable[[EngineId], int]
-Serving = Callable[[str], Sequence[EngineId]]
+Serving = Callable[[Line], Sequence[EngineId]]
 
 
 class Cause(StrEnum):
@@ -38,7 +47,7 @@ class Cause(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AdmissionRules:
-    """`queue_max` requests wait per model; 0: none waits."""
+    """`queue_max` requests wait per line; 0: none waits."""
 
     queue_max: int = 1024
     deadline_s: float = 60.0
@@ -47,30 +56,30 @@ class AdmissionRules:
 @dataclass(frozen=True, slots=True)
 class Shed:
     cause: Cause
-    waiting: int  # requests of the model that wait
+    waiting: int  # requests that wait in its line
     retry_after_s: int
 
 
 class Place:
     """The right to send one request, released once. Without arguments: for a request that needs none."""
 
-    __slots__ = ("_released", "model")
+    __slots__ = ("_released", "line")
 
-    def __init__(self, model: str = "", released: Callable[[str], None] | None = None) -> None:
-        self.model = model
+    def __init__(self, line: Line = _ANY, released: Callable[[Line], None] | None = None) -> None:
+        self.line = line
         self._released = released
 
     def release(self) -> None:
         if self._released is not None:
             released, self._released = self._released, None
-            released(self.model)
+            released(self.line)
 
 
 @dataclass(slots=True, eq=False)
 class Waiter:
     """`place`: given when its turn has come."""
 
-    model: str
+    line: Line
     number: int  # in order of arrival, over all models
     came_at: float
     deadline: float
@@ -93,8 +102,8 @@ class Admission:
 
     def __init__(self, rules: AdmissionRules = AdmissionRules()) -> None:
         self.rules: Final = rules
-        self._queues: dict[str, _Queue] = {}
-        self._unsent: Counter[str] = Counter()
+        self._queues: dict[Line, _Queue] = {}
+        self._unsent: Counter[Line] = Counter()
         self._count = 0
 
     @property
@@ -106,17 +115,17 @@ class Admission:
         """Nobody waits."""
         return not self._queues
 
-    def ask(self, model: str, engines: Iterable[EngineId], free: Free, now: float) -> Place | Waiter | Shed:
+    def ask(self, line: Line, engines: Iterable[EngineId], free: Free, now: float) -> Place | Waiter | Shed:
         """`free`: how many more requests an engine should be sent. After a `Waiter`, `pump` may find it a place."""
         if not self._queues and self._has_room(engines, free):
-            return self._give(model)
-        queue = self._queues.get(model)
+            return self._give(line)
+        queue = self._queues.get(line)
         if (len(queue.waiters) if queue else 0) >= self.rules.queue_max:
-            return self._shed(model, Cause.FULL, now)
+            return self._shed(line, Cause.FULL, now)
         if queue is None:
-            queue = self._queues[model] = _Queue(now)
+            queue = self._queues[line] = _Queue(now)
         self._count += 1
-        waiter = Waiter(model, self._count, now, now + self.rules.deadline_s)
+        waiter = Waiter(line, self._count, now, now + self.rules.deadline_s)
         queue.waiters[waiter.number] = waiter
         return waiter
 
@@ -125,15 +134,15 @@ class Admission:
         called: list[Waiter] = []
         if self._queues:
             rooms = _Rooms(serving, free)
-            for model, count in self._unsent.items():
-                rooms.take(model, count)
+            for line, count in self._unsent.items():
+                rooms.take(line, count)
             heads = {q.head: m for m, q in self._queues.items()}
             while heads:
-                model = heads.pop(min(heads))
-                if rooms.take(model, 1) or not rooms.engines(model):
-                    called.append(self._call_first(model, now))
-                    if model in self._queues:
-                        heads[self._queues[model].head] = model
+                line = heads.pop(min(heads))
+                if rooms.take(line, 1) or not rooms.engines(line):
+                    called.append(self._call_first(line, now))
+                    if line in self._queues:
+                        heads[self._queues[line].head] = line
         return called
 
     def leave(self, waiter: Waiter) -> None:
@@ -145,7 +154,7 @@ class Admission:
 
     def give_up(self, waiter: Waiter, cause: Cause, now: float) -> Shed:
         """For one that waits: its deadline has passed, or the router goes."""
-        shed = self._shed(waiter.model, cause, now)
+        shed = self._shed(waiter.line, cause, now)
         self._remove(waiter)
         return shed
 
@@ -173,33 +182,33 @@ class Admission:
                 return True
         return not any_engine
 
-    def _give(self, model: str) -> Place:
-        self._unsent[model] += 1
-        return Place(model, self._released)
+    def _give(self, line: Line) -> Place:
+        self._unsent[line] += 1
+        return Place(line, self._released)
 
-    def _released(self, model: str) -> None:
-        self._unsent[model] -= 1
-        if not self._unsent[model]:
-            del self._unsent[model]
+    def _released(self, line: Line) -> None:
+        self._unsent[line] -= 1
+        if not self._unsent[line]:
+            del self._unsent[line]
 
-    def _call_first(self, model: str, now: float) -> Waiter:
-        queue = self._queues[model]
+    def _call_first(self, line: Line, now: float) -> Waiter:
+        queue = self._queues[line]
         _, waiter = queue.waiters.popitem(last=False)
         queue.grants.append(now)
         if not queue.waiters:
-            del self._queues[model]
-        waiter.place = self._give(model)
+            del self._queues[line]
+        waiter.place = self._give(line)
         return waiter
 
     def _remove(self, waiter: Waiter) -> None:
-        queue = self._queues.get(waiter.model)
+        queue = self._queues.get(waiter.line)
         if queue is not None:
             queue.waiters.pop(waiter.number, None)
             if not queue.waiters:
-                del self._queues[waiter.model]
+                del self._queues[waiter.line]
 
-    def _shed(self, model: str, cause: Cause, now: float) -> Shed:
-        queue = self._queues.get(model)
+    def _shed(self, line: Line, cause: Cause, now: float) -> Shed:
+        queue = self._queues.get(line)
         if queue is None:
             return Shed(cause, 0, RETRY_MIN_S)
         waiting = len(queue.waiters)
@@ -215,21 +224,21 @@ class _Rooms:
     def __init__(self, serving: Serving, free: Free) -> None:
         self._serving = serving
         self._free = free
-        self._engines: dict[str, Sequence[EngineId]] = {}
+        self._engines: dict[Line, Sequence[EngineId]] = {}
         self._left: dict[EngineId, int] = {}
 
-    def engines(self, model: str) -> Sequence[EngineId]:
-        if model not in self._engines:
-            self._engines[model] = engines = self._serving(model)
+    def engines(self, line: Line) -> Sequence[EngineId]:
+        if line not in self._engines:
+            self._engines[line] = engines = self._serving(line)
             for engine in engines:
                 if engine not in self._left:
                     self._left[engine] = self._free(engine)
-        return self._engines[model]
+        return self._engines[line]
 
-    def take(self, model: str, count: int) -> bool:
+    def take(self, line: Line, count: int) -> bool:
         """From the engines with most places first. False: there were not that many."""
         left = self._left
-        for engine in sorted(self.engines(model), key=lambda e: -left[e]):
+        for engine in sorted(self.engines(line), key=lambda e: -left[e]):
             taken = min(left[engine], count)
             left[engine] -= taken
             count -= taken

@@ -79,9 +79,8 @@ class Body:
         opening = messages[:1] if isinstance(messages, list) else self.fields.get("prompt", self.fields.get("input"))
         if not opening:
             return self.raw[:SESSION_BODY_BYTES]
-        begun = opening[:SESSION_BODY_BYTES] if isinstance(opening, str | list) else opening
         try:
-            return msgspec.json.encode(begun)[:SESSION_BODY_BYTES]
+            return msgspec.json.encode(_begun(opening))[:SESSION_BODY_BYTES]
         except (TypeError, ValueError):  # what only Python's own decoder accepts, such as lone surrogates
             return self.raw[:SESSION_BODY_BYTES]
 
@@ -98,6 +97,21 @@ class Body:
             raise InvalidBody(str(error)) from None
         asking = msgspec.json.encode(options | {"include_usage": msgspec.Raw(b"true")})
         return msgspec.json.encode(fields | {"stream_options": msgspec.Raw(asking)})
+
+
+def _begun(opening: Any) -> Any:
+    """Enough of it for the beginning of its JSON: a long text is not encoded for its first kilobyte."""
+    if isinstance(opening, list):
+        return [_cut(item) for item in opening[:SESSION_BODY_BYTES]]
+    return _cut(opening)
+
+
+def _cut(value: Any) -> Any:
+    if isinstance(value, str):
+        return value[:SESSION_BODY_BYTES]
+    if isinstance(value, dict):
+        return {name: text[:SESSION_BODY_BYTES] if isinstance(text, str) else text for name, text in value.items()}
+    return value
 
 
 def _decoded_leniently(raw: bytes, why: str) -> Any:

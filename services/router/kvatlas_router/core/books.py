@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import NamedTuple
 
 from kvatlas_common.words import EngineId
 
@@ -22,9 +23,11 @@ PROGRESS_MAX = 0.95
 NEVER = float("-inf")
 
 
-@dataclass(frozen=True, slots=True)
-class Occupancy:
-    """One engine's books at a moment. `late_s`: how much longer its oldest pending request takes than expected."""
+class Occupancy(NamedTuple):
+    """One engine's books at a moment. `late_s`: how much longer its oldest pending request takes than expected.
+
+    A tuple: every choice makes one per engine.
+    """
 
     pending: int = 0
     queued_tokens: int = 0  # prompt tokens still to compute
@@ -90,20 +93,17 @@ class Books:
         account = self._accounts.get(engine)
         if account is None:
             return EMPTY
-        self._move_silent(account, now)
-        late_s, progress = 0.0, 0.0
         if account.pending:
-            head = next(iter(account.pending))
-            late_s = max(now - head.sent_at - head.expected_s, 0.0) if head.expected_s else 0.0
-            if token_s > 0 and account.head_since is not None:
-                progress = min((now - account.head_since) / token_s, head.tokens * PROGRESS_MAX)
-        return Occupancy(
-            pending=len(account.pending),
-            queued_tokens=account.queued_tokens - int(progress),
-            decoding=account.decoding,
-            late_s=late_s,
-            last_used=account.last_used,
-        )
+            self._move_silent(account, now)
+        if not account.pending:
+            return Occupancy(0, 0, account.decoding, 0.0, account.last_used)
+        head = next(iter(account.pending))
+        late_s = max(now - head.sent_at - head.expected_s, 0.0) if head.expected_s else 0.0
+        progress = 0.0
+        if token_s > 0 and account.head_since is not None:
+            progress = min((now - account.head_since) / token_s, head.tokens * PROGRESS_MAX)
+        queued = account.queued_tokens - int(progress)
+        return Occupancy(len(account.pending), queued, account.decoding, late_s, account.last_used)
 
     def keep_only(self, engines: Collection[EngineId]) -> None:
         """Forget engines that left, unless requests are still in flight there."""

@@ -6,17 +6,17 @@ A `Choice` carries its reason and the terms of every engine that was considered:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
-from kvatlas_router.core.cost import WEIGHTS, Ahead, Cost, Weights, cost_of
+from kvatlas_router.core.cost import NOTHING, Ahead, Cost, Quote
 from kvatlas_router.core.outliers import Trust
-from kvatlas_router.core.rates import PRIOR, Speed
+from kvatlas_router.core.rates import PRIOR
 
 
 class Strategy(StrEnum):
@@ -43,6 +43,7 @@ class Standing(IntEnum):
     UNKNOWN = 1
     SUSPECT = 2  # it has just failed a request of ours
     EJECTED = 3  # it has failed too many
+    DOWN = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,146 +57,161 @@ class Reason:
         return self.strategy if self.cause is None else f"{self.strategy}:{self.cause}"
 
 
-class Candidate(NamedTuple):
-    """One engine a request may go to, and what is there: of this router, of the others, and of nobody we know.
-
-    `known`: the index (or the history) can speak of it; then no `match` means it holds nothing. `block_size`: tokens in
-    a block of `match`. `expected_blocks`: what it would hold once all that was sent there is computed. `pending`
-    requests have no first token yet, `queued_tokens` are what their prompts have still to compute; `late_s`, how much
-    longer than expected the oldest takes. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: not known. `share`: what it takes
-    of its part of the load; an engine that starts slowly takes less than 1.
-
-    A tuple, as `Term` is, because a choice makes one of each per engine.
+class EngineState(NamedTuple):
+    """One engine as it stands, whatever the request. `share`: what it takes of its part of the load; an engine that
+    starts slowly takes less than 1. A tuple, as all of which a choice has one for every engine.
     """
 
     view: EngineView
+    standing: Standing
+    ahead: Ahead
+    last_used: float
+    quote: Quote
+    share: float = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        view: EngineView,
+        ahead: Ahead = NOTHING,
+        quote: Quote | None = None,
+        *,
+        last_used: float = float("-inf"),
+        share: float = 1.0,
+        trust: Trust = Trust.FULL,
+    ) -> EngineState:
+        return cls(view, _standing(view, trust), ahead, last_used, quote or Quote(PRIOR, ahead), share)
+
+
+def _standing(view: EngineView, trust: Trust) -> Standing:
+    if view.health is Health.DOWN:
+        return Standing.DOWN
+    if trust is not Trust.FULL:
+        return Standing.EJECTED if trust is Trust.EJECTED else Standing.SUSPECT
+    return Standing.READY if view.health is Health.READY else Standing.UNKNOWN
+
+
+class Candidate(NamedTuple):
+    """One engine a request may go to.
+
+    `known`: the index (or the history) can speak of it; then no `match` means it holds nothing. `block_size`: tokens in
+    a block of `match`. `expected_blocks`: what it would hold once all that was sent there is computed.
+    """
+
+    state: EngineState
     match: EngineMatch | None = None
     known: bool = False
     block_size: int = 0
     expected_blocks: int = 0
-    queued_tokens: int = 0
-    pending: int = 0
-    decoding: int = 0
-    late_s: float = 0.0
-    last_used: float = float("-inf")
-    kv_usage: float = 0.0
-    kv_tokens: int = 0
-    speed: Speed = PRIOR
-    share: float = 1.0
-    trust: Trust = Trust.FULL
 
     @property
-    def in_flight(self) -> int:
-        return self.pending + self.decoding
+    def view(self) -> EngineView:
+        return self.state.view
 
     @property
-    def standing(self) -> Standing:
-        if self.trust is not Trust.FULL:
-            return Standing.EJECTED if self.trust is Trust.EJECTED else Standing.SUSPECT
-        return Standing.READY if self.view.health is Health.READY else Standing.UNKNOWN
+    def ahead(self) -> Ahead:
+        return self.state.ahead
+
+    def to_compute(self, prompt_tokens: int) -> int:
+        """Tokens of the prompt it will neither hold nor be computing when their turn comes."""
+        blocks, match = self.expected_blocks, self.match
+        if match is not None and match.blocks > blocks:
+            blocks = match.blocks
+        computed = prompt_tokens - blocks * self.block_size
+        return computed if computed > 0 else 0
+
+    def transferred(self) -> tuple[tuple[Medium, int], ...]:
+        """Cached tokens on slower media."""
+        match, size = self.match, self.block_size
+        if match is None or len(match.media) == (Medium.GPU in match.media):
+            return ()
+        return tuple((m, n * size) for m, n in match.media.items() if m is not Medium.GPU)
 
 
 class Term(NamedTuple):
     """What one engine weighed in a choice. `cached_tokens` is the prediction; None: nothing is known of its cache."""
 
-    view: EngineView
-    standing: Standing
+    state: EngineState
     cached_tokens: int | None
-    to_compute: int  # prompt tokens it will neither hold nor be computing when their turn comes
-    queued_tokens: int
-    pending: int
-    decoding: int
+    to_compute: int
+    transferred: tuple[tuple[Medium, int], ...]
     cost: Cost
-    transferred: tuple[tuple[Medium, int], ...] = ()  # cached tokens on slower media
+
+    @property
+    def view(self) -> EngineView:
+        return self.state.view
 
     @property
     def engine(self) -> EngineId:
-        return self.view.id
+        return self.state.view.id
 
     @property
-    def in_flight(self) -> int:
-        return self.pending + self.decoding
+    def ahead(self) -> Ahead:
+        return self.state.ahead
+
+
+def term_of(candidate: Candidate, prompt_tokens: int) -> Term:
+    """`prompt_tokens` known or estimated."""
+    held = candidate.match.blocks * candidate.block_size if candidate.match else 0
+    to_compute, transferred = candidate.to_compute(prompt_tokens), candidate.transferred()
+    return Term(
+        candidate.state,
+        min(held, prompt_tokens) if candidate.known else None,
+        to_compute,
+        transferred,
+        candidate.state.quote.cost(to_compute, transferred),
+    )
+
+
+class Terms(Sequence[Term]):
+    """Of all engines considered, in the order in which they are to be tried; each is made when it is looked at."""
+
+    def __init__(self, candidates: Sequence[Candidate], prompt_tokens: int) -> None:
+        self._candidates = candidates
+        self._prompt_tokens = prompt_tokens
+        self._made: dict[int, Term] = {}
+
+    @overload
+    def __getitem__(self, index: int) -> Term: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Term, ...]: ...
+    def __getitem__(self, index: int | slice) -> Term | tuple[Term, ...]:
+        if isinstance(index, slice):
+            return tuple(self[n] for n in range(*index.indices(len(self))))
+        if index not in self._made:
+            self._made[index] = term_of(self._candidates[index], self._prompt_tokens)
+        return self._made[index]
+
+    def __len__(self) -> int:
+        return len(self._candidates)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The terms of all engines considered, in the order in which they are to be tried."""
+    """Which engine, which if that one fails, and why."""
 
-    terms: tuple[Term, ...]
+    terms: Terms
     reason: Reason
 
     @property
     def engine(self) -> EngineView:
         return self.terms[0].view
 
-    @property
-    def fallbacks(self) -> tuple[EngineView, ...]:
-        return tuple(t.view for t in self.terms[1:])
-
 
 class NoEngine(LookupError):
     """No engine that may be tried serves the model."""
 
 
-Rank = Callable[[Candidate, Term], object]
-
-
-def ordered(
-    candidates: Sequence[Candidate],
-    prompt_tokens: int,
-    reason: Reason,
-    rank: Rank,
-    *,
-    answer_tokens: float = 0.0,
-    weights: Weights = WEIGHTS,
-) -> Choice:
-    """The lowest rank first within each standing; of those that rank alike, the least recently used.
-
-    `prompt_tokens` known or estimated. Raises `NoEngine` when there is none.
+def ordered(candidates: Sequence[Candidate], prompt_tokens: int, reason: Reason, ranks: Iterable[object]) -> Choice:
+    """The lowest of `ranks`, one per candidate, first within each standing; of those that rank alike, the least
+    recently used. `prompt_tokens` known or estimated. Raises `NoEngine` when there is none.
     """
-    ranked = []
-    for number, candidate in enumerate(candidates):
-        if candidate.view.health is not Health.DOWN:
-            term = term_of(candidate, prompt_tokens, answer_tokens, weights)
-            ranked.append((term.standing, rank(candidate, term), candidate.last_used, number, term))
+    ranked = [
+        (state.standing, rank, state.last_used, number, candidate)
+        for number, (candidate, rank) in enumerate(zip(candidates, ranks, strict=True))
+        if (state := candidate.state).standing is not Standing.DOWN
+    ]
     if not ranked:
         raise NoEngine("no engine is up")
     ranked.sort()
-    return Choice(tuple(row[-1] for row in ranked), reason)
-
-
-def term_of(candidate: Candidate, prompt_tokens: int, answer_tokens: float, weights: Weights) -> Term:
-    match, size = candidate.match, candidate.block_size
-    blocks = match.blocks if match else 0
-    held = min(max(candidate.expected_blocks, blocks) * size, prompt_tokens)
-    transferred = () if match is None or len(match.media) == (Medium.GPU in match.media) else _slower(match, size)
-    cost = cost_of(
-        candidate.speed,
-        prompt_tokens - held,
-        Ahead(
-            candidate.queued_tokens,
-            candidate.pending,
-            candidate.decoding,
-            candidate.late_s,
-            candidate.kv_usage,
-            candidate.kv_tokens,
-        ),
-        transferred=transferred,
-        answer_tokens=answer_tokens,
-        weights=weights,
-    )
-    return Term(
-        candidate.view,
-        candidate.standing,
-        min(blocks * size, prompt_tokens) if candidate.known else None,
-        prompt_tokens - held,
-        candidate.queued_tokens,
-        candidate.pending,
-        candidate.decoding,
-        cost,
-        transferred,
-    )
-
-
-def _slower(match: EngineMatch, block_size: int) -> tuple[tuple[Medium, int], ...]:
-    return tuple((medium, blocks * block_size) for medium, blocks in match.media.items() if medium is not Medium.GPU)
+    return Choice(Terms([row[-1] for row in ranked], prompt_tokens), reason)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from kvatlas_common.fleet import EngineView, Load
 from kvatlas_common.history import ESTIMATE_PROFILE, RoutingHistory
-from kvatlas_common.matching import EngineMatch, MatchAnswer
+from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.words import EngineId
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Books, Ticket
-from kvatlas_router.core.choice import Candidate, Choice, Term
+from kvatlas_router.core.choice import Candidate, Choice, EngineState, Term
+from kvatlas_router.core.cost import WEIGHTS, Ahead, Quote, Weights
 from kvatlas_router.core.foreign import ForeignTraffic
 from kvatlas_router.core.outliers import Outliers
 from kvatlas_router.core.policies import Needs, Policy, Situation
@@ -27,6 +28,7 @@ from kvatlas_router.core.slow_start import SlowStart
 BURST_S = 10.0
 """How long a prompt counts as held after it was sent, or its first token came, if no event says so."""
 BURST_BLOCKS_MAX = 16_384  # per engine
+STATE_S = 0.02
 NO_LOAD = Load()
 
 
@@ -34,15 +36,22 @@ class Chooser:
     """`chance` draws from [0, 1). Times are seconds of one monotonic clock, given by the caller."""
 
     def __init__(
-        self, chance: Callable[[], float], *, outliers: Outliers | None = None, slow_start: SlowStart | None = None
+        self,
+        chance: Callable[[], float],
+        *,
+        outliers: Outliers | None = None,
+        slow_start: SlowStart | None = None,
+        weights: Weights = WEIGHTS,
     ) -> None:
         self.books = Books()
         self.rates = Rates()
         self.outliers = outliers or Outliers()
         self._slow_start = slow_start or SlowStart(0.0)
+        self._weights = weights
         self._chance = chance
         self._foreign = ForeignTraffic()
         self._lately = RoutingHistory(lifetime_s=BURST_S, blocks_max=BURST_BLOCKS_MAX)
+        self._states: dict[EngineId, tuple[float, EngineState]] = {}  # and until when each is used
         self._prompt_tokens = 1000.0  # mean length of prompts
 
     def choose(
@@ -61,19 +70,24 @@ class Chooser:
         matches = {m.engine: m for m in answer.matches} if answer else {}
         unknown = frozenset(answer.unknown) if answer else frozenset()
         guessed = policy.needs is Needs.HISTORY  # nothing was sent there: that is not to hold nothing
-        candidates = [
-            self._candidate(
-                view,
-                loads.get(view.id, NO_LOAD),
-                matches.get(view.id),
-                now,
-                known=answer is not None and (view.id in matches if guessed else _is_known(view, ask, unknown)),
-                block_size=_block_size(view, ask),
-                lately=lately.get(view.id, 0),
+        candidates = []
+        for view in views:
+            engine, own = view.id, view.profile in ask.keys
+            match = matches.get(engine)
+            expected = lately.get(engine, 0)
+            if match is not None and match.expected > expected:
+                expected = match.expected
+            if answer is None:
+                known = False
+            elif guessed:
+                known = match is not None
+            else:  # it was asked about with its own profile
+                known = engine not in unknown if own else view.known_empty
+            size = view.block_size if own else None
+            candidates.append(
+                Candidate(self._state(view, loads, now), match, known, size or ESTIMATE_PROFILE.block_size, expected)
             )
-            for view in views
-        ]
-        return policy.choose(Situation(ask, candidates, cause, self._chance, self.rates.answer_tokens))
+        return policy.choose(Situation(ask, candidates, cause, self._chance))
 
     def send(self, term: Term, ask: Ask, now: float) -> Ticket:
         """The request goes to the engine of this term."""
@@ -84,7 +98,8 @@ class Chooser:
             self._lately.note(engine, keys.tolist(), now)
         transferred = term.transferred
 
-        def learn(ticket: Ticket) -> None:
+        def ended(ticket: Ticket) -> None:
+            self._states.pop(engine, None)
             if ticket.first_token_s is None or ticket.ended_at is None:
                 return
             computed = term.to_compute
@@ -94,9 +109,9 @@ class Chooser:
                 Served(
                     engine,
                     first_token_s=ticket.first_token_s,
-                    ahead=term.queued_tokens,
+                    ahead=term.ahead.queued_tokens,
                     computed=computed,
-                    decoding=term.decoding,
+                    decoding=term.ahead.decoding,
                     completion_tokens=ticket.completion_tokens,
                     decode_total_s=ticket.ended_at - ticket.sent_at - ticket.first_token_s,
                     decoding_at_end=self.books.of(engine, ticket.ended_at).decoding,
@@ -104,13 +119,14 @@ class Chooser:
                 )
             )
 
+        self._states.pop(engine, None)
         return self.books.enter(
             engine,
             term.to_compute,
             now,
             expected_s=term.cost.ttft_ms / 1000,
             streams=ask.streams,
-            on_end=learn,
+            on_end=ended,
         )
 
     def keep_only(self, engines: Collection[EngineId]) -> None:
@@ -118,38 +134,37 @@ class Chooser:
         self.books.keep_only(engines)
         self.rates.keep_only(engines)
         self._foreign.keep_only(engines)
+        self._states.clear()
 
-    def _candidate(
-        self,
-        view: EngineView,
-        load: Load,
-        match: EngineMatch | None,
-        now: float,
-        *,
-        known: bool,
-        block_size: int,
-        lately: int,
-    ) -> Candidate:
+    def _state(self, view: EngineView, loads: Mapping[EngineId, Load], now: float) -> EngineState:
+        """Made anew every few milliseconds, and when a request of ours has gone there or been answered."""
+        kept = self._states.get(view.id)
+        if kept is not None and kept[0] > now and kept[1].view is view:
+            return kept[1]
+        state = self._state_now(view, loads.get(view.id, NO_LOAD), now)
+        self._states[view.id] = now + STATE_S, state
+        return state
+
+    def _state_now(self, view: EngineView, load: Load, now: float) -> EngineState:
         speed = self.rates.of(view.id)
         ours, others = self.books.of(view.id, now, speed.token_s), load.others
         pending, decoding = ours.pending + others.prefilling, ours.decoding + others.decoding
         foreign = self._foreign.at(view.id, load, pending + decoding)
-        return Candidate(
-            view,
-            match,
-            known,
-            block_size,
-            max(match.expected if match else 0, lately),
+        ahead = Ahead(
             ours.queued_tokens + others.prefill_tokens + int(foreign.waiting * self._prompt_tokens),
             pending + foreign.waiting,
             decoding + foreign.running,
             ours.late_s,
-            ours.last_used,
             load.kv_usage,
             view.kv_tokens or 0,
-            speed,
-            self._slow_start.share(view.id, now),
-            self.outliers.trust(view.id, now),
+        )
+        return EngineState.of(
+            view,
+            ahead,
+            Quote(speed, ahead, self.rates.answer_tokens, self._weights),
+            last_used=ours.last_used,
+            share=self._slow_start.share(view.id, now),
+            trust=self.outliers.trust(view.id, now),
         )
 
     def _expected(self, ask: Ask, now: float) -> Mapping[EngineId, int]:
@@ -159,17 +174,6 @@ class Chooser:
         return found
 
 
-def _is_known(view: EngineView, ask: Ask, unknown: Collection[EngineId]) -> bool:
-    """Whether the answer speaks of the engine: it was asked about with the engine's own profile, and is not unknown."""
-    return view.known_empty or (view.profile in ask.keys and view.id not in unknown)
-
-
 def _profile(view: EngineView, ask: Ask) -> str:
     """Under which name the ask has keys for the engine: its own, or the one for guesses."""
     return view.profile if view.profile in ask.keys and view.profile is not None else ESTIMATE
-
-
-def _block_size(view: EngineView, ask: Ask) -> int:
-    if view.profile in ask.keys and view.block_size is not None:
-        return view.block_size
-    return ESTIMATE_PROFILE.block_size

@@ -38,6 +38,9 @@ class Weights:
 
 WEIGHTS = Weights()
 
+Transferred = Sequence[tuple[Medium, int]]
+"""Cached tokens by the slower medium they are on."""
+
 
 class Cost(NamedTuple):
     """All in milliseconds."""
@@ -55,7 +58,7 @@ class Cost(NamedTuple):
 
     @property
     def total_ms(self) -> float:
-        return self.ttft_ms + self.others_ms
+        return self.queue_ms + self.compute_ms + self.transfer_ms + self.decode_ms + self.others_ms
 
     def __str__(self) -> str:
         named = zip(self._fields, self, strict=True)
@@ -63,7 +66,11 @@ class Cost(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """What is at an engine already. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: the size is not known."""
+    """What is at an engine already.
+
+    `pending` requests have no first token yet, `queued_tokens` are what their prompts have still to compute; `late_s`,
+    how much longer than expected the oldest takes. `kv_usage` 0..1 of `kv_tokens`; 0 tokens: the size is not known.
+    """
 
     queued_tokens: int = 0
     pending: int = 0
@@ -72,36 +79,66 @@ class Ahead(NamedTuple):
     kv_usage: float = 0.0
     kv_tokens: int = 0
 
+    @property
+    def in_flight(self) -> int:
+        return self.pending + self.decoding
+
 
 NOTHING = Ahead()
 
 
-def cost_of(
-    speed: Speed,
-    to_compute: int,
-    ahead: Ahead = NOTHING,
-    *,
-    transferred: Sequence[tuple[Medium, int]] = (),
-    answer_tokens: float = 0.0,
-    weights: Weights = WEIGHTS,
-) -> Cost:
-    """`transferred`: cached tokens by medium. `answer_tokens`: how long answers are, on average."""
-    decoding = ahead.decoding
-    own_s = to_compute * speed.token_s
-    step_s = speed.step_s + decoding * speed.decode_s
-    queue_s = speed.prefill_s(ahead.queued_tokens, decoding) + ahead.late_s
-    others_s = (weights.decoder * decoding + weights.space) * own_s
-    others_s += weights.crowd * answer_tokens * speed.decode_s * 2 * (decoding + ahead.pending)
-    if ahead.kv_tokens:
-        wanted = ahead.queued_tokens + to_compute + (ahead.pending + 1) * answer_tokens / 2
-        full = ahead.kv_usage + wanted / ahead.kv_tokens
-        others_s += weights.squeeze_s * min(full, FULL) / (1 - min(full, FULL))
-        if full > FULL:  # all that is in use becomes free within the time an answer takes
-            queue_s += (full - FULL) * answer_tokens * step_s
-    return Cost(
-        queue_ms=1000 * queue_s,
-        compute_ms=1000 * (own_s + speed.overhead_s),
-        transfer_ms=1000 * sum(speed.transfer_s(medium) * tokens for medium, tokens in transferred),
-        decode_ms=1000 * step_s * (0.5 + to_compute / CHUNK_TOKENS),
-        others_ms=1000 * others_s,
-    )
+class Quote:
+    """What any request would cost on an engine as it stands: all that does not depend on the request, worked out once.
+
+    But for the room in the KV cache, a cost is a straight line over the tokens to compute. `answer_tokens`: how long
+    answers are, on average.
+    """
+
+    __slots__ = ("_answer_s", "_crowd_s", "_flat_s", "_full", "_kv_tokens", "_own_others", "_queue_s", "_slope_s",
+                 "_speed", "_squeeze_s", "_step_s")  # fmt: skip
+
+    def __init__(
+        self, speed: Speed, ahead: Ahead = NOTHING, answer_tokens: float = 0.0, weights: Weights = WEIGHTS
+    ) -> None:
+        decoding = ahead.decoding
+        self._speed = speed
+        self._step_s = speed.step_s + decoding * speed.decode_s
+        self._queue_s = ahead.late_s + speed.prefill_s(ahead.queued_tokens, decoding)
+        self._answer_s = answer_tokens * self._step_s
+        self._own_others = weights.decoder * decoding + weights.space
+        self._crowd_s = weights.crowd * answer_tokens * speed.decode_s * 2 * ahead.in_flight
+        self._squeeze_s = weights.squeeze_s
+        self._kv_tokens = ahead.kv_tokens
+        wanted = ahead.queued_tokens + (ahead.pending + 1) * answer_tokens / 2
+        self._full = ahead.kv_usage + wanted / ahead.kv_tokens if ahead.kv_tokens else 0.0
+        self._flat_s = self._queue_s + speed.overhead_s + self._step_s / 2 + self._crowd_s
+        self._slope_s = speed.token_s * (1 + self._own_others) + self._step_s / CHUNK_TOKENS
+
+    def total_ms(self, to_compute: int, transferred: Transferred = ()) -> float:
+        """`cost(...).total_ms`, in half the time."""
+        wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
+        moved_s = self._moved_s(transferred) if transferred else 0.0
+        return 1000 * (self._flat_s + self._slope_s * to_compute + moved_s + wait_s + squeeze_s)
+
+    def cost(self, to_compute: int, transferred: Transferred = ()) -> Cost:
+        """Of a request that would have so many tokens computed, and so many brought from slower media."""
+        wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
+        own_s = to_compute * self._speed.token_s
+        return Cost(
+            queue_ms=1000 * (self._queue_s + wait_s),
+            compute_ms=1000 * (own_s + self._speed.overhead_s),
+            transfer_ms=1000 * self._moved_s(transferred),
+            decode_ms=1000 * self._step_s * (0.5 + to_compute / CHUNK_TOKENS),
+            others_ms=1000 * (self._crowd_s + self._own_others * own_s + squeeze_s),
+        )
+
+    def _room(self, to_compute: int) -> tuple[float, float]:
+        """How long to wait for room in the KV cache, and the price of what is taken of it."""
+        full = self._full + to_compute / self._kv_tokens
+        if full <= FULL:
+            return 0.0, self._squeeze_s * full / (1 - full)
+        # All that is in use becomes free within the time an answer takes.
+        return (full - FULL) * self._answer_s, self._squeeze_s * FULL / (1 - FULL)
+
+    def _moved_s(self, transferred: Transferred) -> float:
+        return sum(self._speed.transfer_s(medium) * tokens for medium, tokens in transferred)

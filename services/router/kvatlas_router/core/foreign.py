@@ -45,14 +45,15 @@ class ForeignTraffic:
         if not load.scraped_at:
             return NOBODY
         seen = self._seen.get(engine)
+        if seen is not None and load.scraped_at == seen.scraped_at:
+            return seen.foreign
         if seen is None:
             seen = self._seen[engine] = _Seen()
-        if load.scraped_at != seen.scraped_at:
-            seen.scraped_at = load.scraped_at
-            seen.surplus.append(max(load.running + load.waiting - known, 0))
-            steady = min(seen.surplus) if len(seen.surplus) == STEADY else 0
-            waiting = min(load.waiting, steady)
-            seen.foreign = Foreign(steady - waiting, waiting) if steady else NOBODY
+        seen.scraped_at = load.scraped_at
+        seen.surplus.append(max(load.running + load.waiting - known, 0))
+        steady = min(seen.surplus) if len(seen.surplus) == STEADY else 0
+        waiting = min(load.waiting, steady)
+        seen.foreign = Foreign(steady - waiting, waiting) if steady else NOBODY
         return seen.foreign
 
     def keep_only(self, engines: Collection[EngineId]) -> None:

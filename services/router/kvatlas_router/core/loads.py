@@ -6,7 +6,7 @@ was a moment ago; with shards that share nothing, all tell of all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from kvatlas_common.fleet import Load
@@ -15,10 +15,18 @@ from kvatlas_common.words import EngineId
 _NOTHING = Load()
 
 
-class MergedLoads:
-    """`latest` is always the same mapping, which changes as loads are told: to look at it costs nothing."""
+def _nobody(engine: EngineId, load: Load) -> None:
+    """Is told."""
 
-    def __init__(self) -> None:
+
+class MergedLoads:
+    """`latest` is always the same mapping, which changes as loads are told: to look at it costs nothing.
+
+    `on_change` is told of every change, as it comes.
+    """
+
+    def __init__(self, on_change: Callable[[EngineId, Load], None] = _nobody) -> None:
+        self._on_change = on_change
         self._told: dict[str, dict[EngineId, Load]] = {}  # by who tells
         self._latest: dict[EngineId, Load] = {}
         self.latest: Mapping[EngineId, Load] = MappingProxyType(self._latest)
@@ -43,6 +51,7 @@ class MergedLoads:
     def _choose(self, engine: EngineId) -> None:
         loads = [load for known in self._told.values() if (load := known.get(engine)) is not None]
         if loads:
-            self._latest[engine] = max(loads, key=lambda load: load.scraped_at)
+            self._latest[engine] = latest = max(loads, key=lambda load: load.scraped_at)
+            self._on_change(engine, latest)
         else:
             self._latest.pop(engine, None)

@@ -46,9 +46,9 @@ class Pressure:
         self._seen: dict[EngineId, _Seen] = {}
 
     def told(self, engine: EngineId, load: Load, unanswered: int, now: float) -> None:
-        """A load that was never scraped, or is the one known, tells nothing."""
+        """A load that was never scraped tells nothing, nor does one that differs only in what others have there."""
         seen = self._seen.get(engine)
-        if load.scraped_at and (seen is None or seen.load != load):
+        if load.scraped_at and (seen is None or seen.load.scraped_at != load.scraped_at):
             self._seen[engine] = _Seen(load, unanswered, now)
 
     def waiting(self, engine: EngineId, unanswered: int, now: float) -> int | None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvatlas_common.blocks.extras import Extra, Lora, PromptExtras, event_extra, prompt_extra
 from kvatlas_common.blocks.keys import (
+    PLAIN_TOKENS_MAX,
     TokenIds,
     block_state,
     extend,
@@ -53,7 +54,8 @@ def prompts(draw: st.DrawFn) -> tuple[int, list[int]]:
     """A block size and tokens for it, with a rest of a block at the end."""
     size = draw(st.sampled_from([1, 2, 3, 4, 16, 23, 24, 64, 255, 256, 300]) | st.integers(1, 300))
     seed = draw(st.lists(draw(st.sampled_from([tokens_of_every_width, usual_tokens])), min_size=1, max_size=40))
-    length = draw(st.integers(0, 4 * size + 1))
+    most = 4 * size + 1
+    length = draw(st.integers(0, most) | st.integers(PLAIN_TOKENS_MAX, PLAIN_TOKENS_MAX + most))
     return size, (seed * (length // len(seed) + 1))[:length]
 
 
@@ -81,9 +83,10 @@ def test_all_at_once_equals_block_by_block(
 
 @pytest.mark.parametrize("token", [-1, *EDGES])
 @pytest.mark.parametrize("algorithm", Algorithm)
-def test_tokens_at_the_edge_of_a_width(algorithm: Algorithm, token: int) -> None:
+@pytest.mark.parametrize("times", [1, PLAIN_TOKENS_MAX], ids=["few", "many"])
+def test_tokens_at_the_edge_of_a_width(algorithm: Algorithm, token: int, times: int) -> None:
     profile = HashProfile(algorithm, "42", 2, ExtraKeys.TAGGED)
-    root, tokens = root_state(profile), [token, 1, 1, token]
+    root, tokens = root_state(profile), [token, 1, 1, token] * times
     states = plainly(profile, root, tokens, PromptExtras(), True)
     assert extend(profile, root, tokens, PromptExtras(), True)[0].tolist() == [key_of(state) for state in states]
 

@@ -91,6 +91,8 @@ def test_every_engine_is_matched_by_the_rule(engines: list[Case], length: int) -
     }
     if not plan.needs_all:
         assert plan.match(residency.leading_masks(PROMPT[:length])) == list(found.values())
+    if plan.simple is not None:  # in one pass
+        assert plan.matched(residency.fall_outs(PROMPT[:length], plan.simple)) == list(found.values())
     for engine, case in zip(ids, engines, strict=True):
         if (match := found.get(engine)) is not None:
             assert sum(match.media.values()) == match.blocks

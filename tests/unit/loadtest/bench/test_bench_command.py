@@ -28,6 +28,7 @@ BUDGETS = [
     "router_added_p99_ms",
     "router_cpu_ms_per_request",
     "idle_cores_100_engines",
+    "choose_100_engines_ms",
 ]
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from kvatlas_loadtest.loads.arrivals import Answer, Arrival, BadLoad, Segment, checked, prompt_tokens
-from kvatlas_loadtest.loads.workloads import LADDER, WORKLOADS, reference, workload
+from kvatlas_loadtest.loads.workloads import LADDER, REFERENCE_ANSWER, WORKLOADS, reference, workload
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -21,7 +21,7 @@ def test_a_load_follows_from_its_seed(name: str) -> None:
 def test_the_reference_is_the_published_one() -> None:
     arrivals = reference(1)
     assert {prompt_tokens(arrivals, index) for index in range(0, len(arrivals), 97)} == {7200}
-    assert {arrival.output_tokens for arrival in arrivals} == {1000}
+    assert {arrival.output_tokens for arrival in arrivals} == {REFERENCE_ANSWER}
     assert len({arrival.prompt for arrival in arrivals}) == 750
     asked = Counter(arrival.stage for arrival in arrivals)
     assert [asked[stage] for stage in sorted(asked)] == [750, *(rate * seconds for rate, seconds in LADDER)]

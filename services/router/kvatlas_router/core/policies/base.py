@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
 from kvatlas_router.core.ask import Ask
-from kvatlas_router.core.choice import Candidate, Choice
+from kvatlas_router.core.choice import Candidate, Choice, Reason, Strategy, ordered
 
 
 class Needs(StrEnum):
@@ -22,14 +22,17 @@ class Needs(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Situation:
     """One request, and the engines as they stand. `cause`: why a better policy had no answer. `chance` draws from
-    [0, 1); `answer_tokens`: how long answers are, on average.
+    [0, 1).
     """
 
     ask: Ask
     candidates: Sequence[Candidate]
     cause: str | None
     chance: Callable[[], float]
-    answer_tokens: float
+
+    def ordered(self, strategy: Strategy, ranks: Iterable[object]) -> Choice:
+        """`ranks`: one per candidate, the lowest first. Raises `NoEngine`."""
+        return ordered(self.candidates, self.ask.prompt_tokens, Reason(strategy, self.cause), ranks)
 
 
 class Policy(Protocol):

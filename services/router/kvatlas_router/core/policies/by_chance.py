@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from kvatlas_router.core.choice import Choice, Reason, Strategy, ordered
+from kvatlas_router.core.choice import Choice, Strategy
 from kvatlas_router.core.policies.base import Needs, Situation
 from kvatlas_router.core.policies.by_load import load_of
 
@@ -17,8 +17,7 @@ class Random:
 
     def choose(self, situation: Situation) -> Choice | None:
         """One draw per engine, so that the fallbacks are random too."""
-        reason = Reason(Strategy.RANDOM, situation.cause)
-        return ordered(situation.candidates, situation.ask.prompt_tokens, reason, lambda c, _: situation.chance())
+        return situation.ordered(Strategy.RANDOM, (situation.chance() for _ in situation.candidates))
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +28,8 @@ class RoundRobin:
     def choose(self, situation: Situation) -> Choice | None:
         turn, count = next(self._turns), max(len(situation.candidates), 1)
         places = {e: n for n, e in enumerate(sorted(c.view.id for c in situation.candidates))}
-        reason = Reason(Strategy.ROUND_ROBIN, situation.cause)
-        return ordered(
-            situation.candidates,
-            situation.ask.prompt_tokens,
-            reason,
-            lambda c, _: (places[c.view.id] - turn) % count,
+        return situation.ordered(
+            Strategy.ROUND_ROBIN, ((places[c.view.id] - turn) % count for c in situation.candidates)
         )
 
 
@@ -48,9 +43,7 @@ class PowerOfTwo:
         order = sorted(range(len(situation.candidates)), key=lambda _: situation.chance())
         drawn = {situation.candidates[n].view.id for n in order[:2]}
         places = {situation.candidates[n].view.id: place for place, n in enumerate(order)}
-        return ordered(
-            situation.candidates,
-            situation.ask.prompt_tokens,
-            Reason(Strategy.TWO, situation.cause),
-            lambda c, t: (0, *load_of(c, t)) if c.view.id in drawn else (1, places[c.view.id], 0),
+        return situation.ordered(
+            Strategy.TWO,
+            ((0, *load_of(c)) if c.view.id in drawn else (1, places[c.view.id], 0) for c in situation.candidates),
         )

@@ -11,49 +11,41 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvatlas_router.core.choice import Candidate, Choice, Reason, Strategy, Term, ordered
-from kvatlas_router.core.cost import WEIGHTS, Weights
+from kvatlas_router.core.choice import Choice, Strategy
 from kvatlas_router.core.policies.base import Needs, Situation
 
 
 @dataclass(frozen=True, slots=True)
 class Precise:
     temperature_ms: float = 0.0
-    weights: Weights = WEIGHTS
     needs: Needs = Needs.INDEX
 
     def choose(self, situation: Situation) -> Choice | None:
         """None when nothing is known of any engine. One that is not known counts as empty."""
         if not any(candidate.known for candidate in situation.candidates):
             return None
-        return _by_cost(situation, Strategy.PRECISE, self.temperature_ms, self.weights)
+        return _by_cost(situation, Strategy.PRECISE, self.temperature_ms)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
     temperature_ms: float = 0.0
-    weights: Weights = WEIGHTS
     needs: Needs = Needs.HISTORY
 
     def choose(self, situation: Situation) -> Choice | None:
-        return _by_cost(situation, Strategy.ESTIMATE, self.temperature_ms, self.weights)
+        return _by_cost(situation, Strategy.ESTIMATE, self.temperature_ms)
 
 
-def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float, weights: Weights) -> Choice:
-    def cost(candidate: Candidate, term: Term) -> int:
-        return round(term.cost.total_ms / candidate.share)
+def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) -> Choice:
+    tokens = situation.ask.prompt_tokens
+    costs = [
+        c.state.quote.total_ms(c.to_compute(tokens), c.transferred()) / c.state.share for c in situation.candidates
+    ]
+    if temperature_ms <= 0:
+        return situation.ordered(strategy, map(round, costs))
+    # The Gumbel trick: the smallest of costs so shifted is a draw from their softmax.
+    return situation.ordered(strategy, [cost + temperature_ms * _gumbel(situation.chance()) for cost in costs])
 
-    def noisy(candidate: Candidate, term: Term) -> float:
-        # The Gumbel trick: the smallest of costs so shifted is a draw from their softmax.
-        shift = temperature_ms * math.log(-math.log(max(situation.chance(), 1e-300)) or 1e-300)
-        return term.cost.total_ms / candidate.share + shift
 
-    rank = noisy if temperature_ms > 0 else cost
-    return ordered(
-        situation.candidates,
-        situation.ask.prompt_tokens,
-        Reason(strategy, situation.cause),
-        rank,
-        answer_tokens=situation.answer_tokens,
-        weights=weights,
-    )
+def _gumbel(drawn: float) -> float:
+    return math.log(-math.log(min(max(drawn, 1e-300), 1 - 1e-16)))

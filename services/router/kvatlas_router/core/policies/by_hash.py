@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from kvatlas_common.words import EngineId
-from kvatlas_router.core.choice import Choice, Reason, Strategy, ordered
+from kvatlas_router.core.choice import Choice, Strategy
 from kvatlas_router.core.policies.base import Needs, Situation
 
 OVERLOAD = 1.25
@@ -45,13 +45,11 @@ def _by_name(situation: Situation, strategy: Strategy, name: bytes, home: Engine
     if not name and home is None:
         return None
     candidates = situation.candidates
-    mean = (sum(c.in_flight for c in candidates) + 1) / max(len(candidates), 1)
+    mean = (sum(c.ahead.in_flight for c in candidates) + 1) / max(len(candidates), 1)
     limit = OVERLOAD * mean + OVERLOAD_SLACK
-    return ordered(
-        candidates,
-        situation.ask.prompt_tokens,
-        Reason(strategy, situation.cause),
-        lambda c, _: (c.view.id != home, c.in_flight > limit, -rendezvous(name, c.view.id)),
+    return situation.ordered(
+        strategy,
+        ((c.view.id != home, c.ahead.in_flight > limit, -rendezvous(name, c.view.id)) for c in candidates),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvatlas_router.core.choice import Candidate, Choice, Reason, Strategy, Term, ordered
+from kvatlas_router.core.choice import Candidate, Choice, Strategy
 from kvatlas_router.core.policies.base import Needs, Situation
 
 
@@ -15,10 +15,9 @@ class LeastLoad:
     needs: Needs = Needs.NOTHING
 
     def choose(self, situation: Situation) -> Choice | None:
-        return ordered(
-            situation.candidates, situation.ask.prompt_tokens, Reason(Strategy.LOAD, situation.cause), load_of
-        )
+        return situation.ordered(Strategy.LOAD, map(load_of, situation.candidates))
 
 
-def load_of(candidate: Candidate, _: Term) -> tuple[float, int]:
-    return (candidate.in_flight + 1) / candidate.share, candidate.queued_tokens
+def load_of(candidate: Candidate) -> tuple[float, int]:
+    ahead = candidate.ahead
+    return (ahead.in_flight + 1) / candidate.state.share, ahead.queued_tokens
