@@ -65,7 +65,7 @@ def make_model(vllm: Path, out: Path, kind: str) -> Path:
     """Raises `AssertionError` with what the script wrote."""
     script, template = HERE / "make_model.py", HERE / "chat_template.jinja"
     command = [str(vllm / "bin" / "python"), str(script), str(TOKENIZER), str(out), kind, str(template)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=_plain())
+    made = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=plain_environ())
     assert made.returncode == 0, f"no {kind} model:\n{made.stdout}{made.stderr}"
     return out
 
@@ -94,11 +94,15 @@ def deploy(vllm: Path, model: Path, configuration: Configuration, logs: Path) ->
                 f"127.0.0.1:{dialled},events=tcp://127.0.0.1:{events},replay=tcp://127.0.0.1:{replay}",
                 *configuration.told,
             ],
-            _plain(),
+            plain_environ(),
         )  # fmt: skip
         indexer.wait_until(lambda: answers(f"http://127.0.0.1:{rest}/readyz"), OURS_UP_S, "readiness")
         engines = {
-            port: child(f"engine-{port}", _serve(vllm, model, port, publisher, configuration), _engine(configuration))
+            port: child(
+                f"engine-{port}",
+                serve_command(vllm, model, port, publisher, configuration),
+                engine_environ(configuration),
+            )
             for port, publisher in publishers.items()
         }
         for port, engine in engines.items():
@@ -110,7 +114,7 @@ def deploy(vllm: Path, model: Path, configuration: Configuration, logs: Path) ->
                 "--host", "127.0.0.1", "--port", str(public), "--admin-port", str(admin), "--drain-delay-s", "0",
                 "--lookup-deadline-ms", str(LOOKUP_DEADLINE_MS),
             ],
-            _plain(),
+            plain_environ(),
         )  # fmt: skip
         deployment = Deployment(
             router=f"http://127.0.0.1:{public}",
@@ -125,7 +129,9 @@ def deploy(vllm: Path, model: Path, configuration: Configuration, logs: Path) ->
         yield deployment
 
 
-def _serve(vllm: Path, model: Path, port: int, publisher: dict[str, str], configuration: Configuration) -> list[str]:
+def serve_command(
+    vllm: Path, model: Path, port: int, publisher: dict[str, str], configuration: Configuration
+) -> list[str]:
     events = {
         "enable_kv_cache_events": True,
         "publisher": "zmq",
@@ -139,9 +145,9 @@ def _serve(vllm: Path, model: Path, port: int, publisher: dict[str, str], config
     ]  # fmt: skip
 
 
-def _engine(configuration: Configuration) -> dict[str, str]:
+def engine_environ(configuration: Configuration) -> dict[str, str]:
     environ = {
-        **_plain(),
+        **plain_environ(),
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
@@ -151,6 +157,6 @@ def _engine(configuration: Configuration) -> dict[str, str]:
     return environ | configuration.environ
 
 
-def _plain() -> dict[str, str]:
+def plain_environ() -> dict[str, str]:
     """The environment without settings of ours, and without a hub."""
     return {k: v for k, v in os.environ.items() if not k.startswith("KVATLAS_")} | {"HF_HUB_OFFLINE": "1"}

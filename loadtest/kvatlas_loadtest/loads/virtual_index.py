@@ -21,13 +21,14 @@ from kvatlas_common.engines.pages import CacheConfig
 from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.events.types import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
+from kvatlas_common.findings import Finding
 from kvatlas_common.fleet import EngineView, Health, InFlight
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.observations import Observation
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core.effects import Message, ReplayEnd
 from kvatlas_indexer.core.index import Command, KvIndex, Replay, Rules
-from kvatlas_indexer.core.naming import Expected, Finding
+from kvatlas_indexer.core.naming import Expected
 from kvatlas_indexer.core.routing import Routing
 from kvatlas_loadtest.events import FULL_ATTENTION
 from kvatlas_loadtest.kv_events import KvEvent, Removed, Stored, key_of

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import kvatlas_indexer.__main__ as indexer
 import kvatlas_router.__main__ as router
-from kvatlas_cli import audit, demo, lookup, record, up
+from kvatlas_cli import audit, demo, doctor, lookup, record, up
 
 SERVICES: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "up": (up.main, "indexer and router in one process; --simulate N adds simulated engines"),
@@ -23,6 +23,7 @@ SERVICES: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 TOOLS: dict[str, tuple[ModuleType, str]] = {
     "demo": (demo, "simulated engines: the acceptance check, and precise against random routing"),
     "lookup": (lookup, "which engines hold a prompt's prefix, and why one is chosen"),
+    "doctor": (doctor, "what is wrong with a live set-up, why, and the exact change to make"),
     "record": (record, "capture a live engine's events and requests, for an audit"),
     "audit": (audit, "hold the index to a captured engine, request by request"),
 }

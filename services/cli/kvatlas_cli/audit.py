@@ -27,10 +27,11 @@ from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.events.decode import decode_batch
 from kvatlas_common.events.types import AllBlocksCleared
+from kvatlas_common.findings import Code, Finding
 from kvatlas_common.fleet import Health
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.index import KvIndex, Rules
-from kvatlas_indexer.core.naming import Expected, Finding
+from kvatlas_indexer.core.naming import Expected
 
 ADDRESS, MODEL = "capture:8000", "captured"
 FIRST_MISMATCHES = 10
@@ -121,7 +122,7 @@ class _Audit:
         try:
             keys = prompt_keys(profile, request.prompt_token_ids, request.extras(self._capture.adapters))
         except UnknownExtra as unknown:
-            self._find(engine, Finding("unknown-extra", str(unknown)))
+            self._find(engine, Finding(Code.EXTRA_KEYS_NOT_REPRODUCIBLE, str(unknown)))
             return 0
         answer = index.match(MODEL, {view.profile: keys.tolist()}, [engine])
         return sum(match.blocks for match in answer.matches) * profile.block_size

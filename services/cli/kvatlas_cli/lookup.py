@@ -11,29 +11,18 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
 from urllib.parse import quote
-from urllib.request import ProxyHandler, Request, build_opener
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-ADMIN, INDEXER = "http://127.0.0.1:8082", "http://127.0.0.1:8081"
-ANSWER_BYTES_MAX = 256 << 20  # /debug/route shows every token of a prompt
-ERROR_BYTES_MAX = 1 << 20
+from kvatlas_cli.asking import ADMIN, INDEXER, Json, Refused, fetch, the_indexer, the_router
+
 UNKNOWN = "unknown"  # nothing can be said of the engine's cache; an engine that holds nothing has 0 blocks
 PIPE_COLUMNS = 140  # a table that goes to a pipe is not folded to the 80 columns of a terminal nobody looks at
-
-Json = Mapping[str, Any]
-
-
-class LookupRefused(Exception):
-    """No answer. `str()` names the cause and the cure."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     try:
         answer = _ask(arguments, question)
-    except LookupRefused as error:
+    except Refused as error:
         print(f"kvatlas lookup: {error}", file=sys.stderr)
         return 1
     if arguments.json:
@@ -102,72 +91,18 @@ def _with_model(body: dict[str, Any], model: str | None) -> dict[str, Any]:
     return body if model is None else {**body, "model": model}
 
 
-@dataclass(frozen=True, slots=True)
-class _Server:
-    """Whom to ask. `flag` names its address on the command line, `command` starts it."""
-
-    base: str
-    port: str
-    flag: str
-    command: str
-
-    @property
-    def elsewhere(self) -> str:
-        started = f"It is started by `kvatlas up`, or `{self.command}`"
-        return f"Is the {self.port} there? {started}; name another address with {self.flag} URL."
-
-
 def _ask(arguments: argparse.Namespace, question: bytes | None) -> Json:
-    """Raises `LookupRefused`."""
+    """Raises `Refused`."""
     if question is not None:
-        router = _Server(arguments.admin, "router's admin port", "--admin", "kvatlas router")
+        router = the_router(arguments.admin)
         path = "/debug/route" + (f"?path={quote(arguments.path, safe='')}" if arguments.path else "")
-        return _fetch(router, path, arguments.timeout_s, question)
-    indexer = _Server(arguments.indexer, "indexer's REST port", "--indexer", "kvatlas indexer")
+        return fetch(router, path, arguments.timeout_s, question)
+    indexer = the_indexer(arguments.indexer)
     path = "/v1/engines"
     if arguments.key:
         path = f"/v1/blocks/{quote(arguments.key, safe='')}"
         path += f"?model={quote(arguments.model, safe='')}" if arguments.model else ""
-    return _fetch(indexer, path, arguments.timeout_s)
-
-
-def _fetch(server: _Server, path: str, timeout_s: float, body: bytes | None = None) -> Json:
-    """GET, or POST of `body`. The environment's HTTP proxies are not used: the servers are on loopback as a rule."""
-    base, status = server.base.rstrip("/"), 200
-    try:
-        request = Request(base + path, data=body, headers={"Content-Type": "application/json"})
-        with build_opener(ProxyHandler({})).open(request, timeout=timeout_s) as answer:
-            page = answer.read(ANSWER_BYTES_MAX)
-    except HTTPError as error:
-        with error:
-            status, page = error.code, error.read(ERROR_BYTES_MAX)
-    except (URLError, HTTPException, OSError, ValueError) as error:
-        reason = error.reason if isinstance(error, URLError) else error
-        if isinstance(reason, ConnectionRefusedError):
-            raise LookupRefused(f"nobody listens at {base}. {server.elsewhere}") from None
-        if isinstance(reason, TimeoutError):
-            raise LookupRefused(f"{base} did not answer within {timeout_s:g} s (--timeout-s).") from None
-        why = "what answers there is not HTTP" if isinstance(reason, HTTPException) else f"{reason}"
-        raise LookupRefused(f"{base} cannot be asked: {why}. {server.elsewhere}") from None
-    try:
-        said = json.loads(page)
-    except ValueError:
-        said = None
-    if status == 200 and isinstance(said, dict):
-        return said
-    raise LookupRefused(_refusal(status, said, server))
-
-
-def _refusal(status: int, said: Any, server: _Server) -> str:
-    error = said.get("error") if isinstance(said, dict) else None
-    if not isinstance(error, dict) or "not_found" in (error.get("code"), error.get("type")):
-        return f"{server.base} answered {status}, and not as a KV Atlas server does: a wrong port? {server.elsewhere}"
-    cure = ""
-    if status == 404:
-        cure = " Name a served model with --model; `kvatlas lookup --engines` lists them."
-    elif status == 503:
-        cure = " `kvatlas lookup --engines` shows the state of each."
-    return f"{server.base} answered {status}: {error.get('message')}.{cure}"
+    return fetch(indexer, path, arguments.timeout_s)
 
 
 def _show_route(console: Console, answer: Json) -> None:

@@ -10,20 +10,21 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from kvatlas_common.blocks.profile import Algorithm
 from kvatlas_common.engines.asking import open_session
 from kvatlas_common.engines.discovery import watch
-from kvatlas_common.engines.probe import EngineFacts, Prober
+from kvatlas_common.engines.probe import EngineFacts, ProbePlan, Prober
 from kvatlas_common.engines.specs import EngineSpec
-from kvatlas_common.fleet import Load
+from kvatlas_common.findings import Code, Finding
+from kvatlas_common.fleet import Fleet, Load
 from kvatlas_common.lasting import keep_what_is_built
-from kvatlas_common.logs import LimitedLog
 from kvatlas_common.tracing import Tracing, trace_logs
 from kvatlas_common.words import EngineId, Medium
+from kvatlas_indexer.adapters.findings import Watch
 from kvatlas_indexer.adapters.front import Front
 from kvatlas_indexer.adapters.grpc_server import GrpcServer
 from kvatlas_indexer.adapters.http_server import serve
@@ -44,13 +45,14 @@ from kvatlas_indexer.adapters.shared_index import SharedIndex
 from kvatlas_indexer.adapters.traced import TracedCalls, TracedLookups, TracedStore
 from kvatlas_indexer.adapters.zmq_sockets import new_context
 from kvatlas_indexer.adapters.zmq_source import Origin, ZmqSource, ZmqSourceOptions
+from kvatlas_indexer.core import advice
 from kvatlas_indexer.core.accuracy import Accuracy
 from kvatlas_indexer.core.durations import Durations
 from kvatlas_indexer.core.engine import Bounds
 from kvatlas_indexer.core.healing import Healing
 from kvatlas_indexer.core.index import Command, KvIndex, Rules
 from kvatlas_indexer.core.loads import LoadBoard
-from kvatlas_indexer.core.naming import Expected, Finding
+from kvatlas_indexer.core.naming import Expected
 from kvatlas_indexer.core.routing import Routing
 from kvatlas_indexer.core.stream import Limits, ReplayEnd
 from kvatlas_indexer.settings import IndexerSettings
@@ -61,7 +63,6 @@ TICK_S = 0.25
 FLEET_DELAY_S = 0.02  # changes of the fleet are told together
 LOADS_DELAY_S = 0.03  # and those of loads
 SWEEP_PARTS = 8  # parts of the key space swept between two turns of the loop
-FINDINGS_LOG_INTERVAL_S = 30.0
 STORE_RETRY_S = 1.0
 
 
@@ -78,9 +79,11 @@ class Indexer:
         self._tracing = tracing
         self.routing = Routing(estimate_ttl_s=settings.estimate_ttl_s)
         self.board = LoadBoard(self.routing.in_flight)
-        self.index = KvIndex(_rules(settings), on_finding=self._find, on_emptied=self.routing.forget)
+        self.watch = Watch(self._fleet, self._own_findings)
+        self.index = KvIndex(_rules(settings), on_finding=self.watch.note, on_emptied=self.routing.forget)
         self.accuracy = Accuracy()
-        self.healing = Healing(self.index, on_finding=self._find)
+        self.healing = Healing(self.index, on_finding=self.watch.note)
+        self.watch.attach(self.index, self.accuracy, self.healing.repetitions)
         self.ready = False
         self.zmq_endpoints: tuple[str, ...] = ()
         self.grpc_address = ""
@@ -104,7 +107,7 @@ class Indexer:
         self._store: SharedIndex | None = None
         self._shard: Shard | None = None
         self._publisher: Publisher | None = None
-        self._findings = LimitedLog(log, FINDINGS_LOG_INTERVAL_S, time.monotonic)
+        self._store_evicts = ""
         self._stack = contextlib.AsyncExitStack()
         self._telling: asyncio.TimerHandle | None = None
         self._telling_loads: asyncio.TimerHandle | None = None
@@ -136,11 +139,19 @@ class Indexer:
         self._stack.push_async_callback(self._replays.close)
         self.zmq_endpoints = self._source.listen(settings.zmq_listen, settings.listen_ranks)
         session = await self._stack.enter_async_context(open_session())
-        self._prober = await self._stack.enter_async_context(
-            Prober(session, self._on_facts, self._on_load, clock=time.monotonic, wall=time.time, rng=random.Random())
+        prober = Prober(
+            session,
+            self._on_facts,
+            self._on_load,
+            self.watch.worked,
+            clock=time.monotonic,
+            wall=time.time,
+            rng=random.Random(),
+            plan=ProbePlan(versions=True),
         )
+        self._prober = await self._stack.enter_async_context(prober)
         shared = [] if settings.store == "memory" else await self._share()
-        self._run_in_background(self._discover(), self._tick(), self._sweep(), *shared)
+        self._run_in_background(self._discover(), self._tick(), self._sweep(), self.watch.run(), *shared)
         await self._serve()
 
     async def _share(self) -> list[Coroutine[object, object, None]]:
@@ -153,6 +164,7 @@ class Indexer:
             evictions_allowed=settings.allow_evicting_store,
         )
         self._stack.push_async_callback(client.aclose)
+        self._store_evicts = client.evicts
         store = RedisStore(client, block_ttl_s=settings.block_ttl_s)
         publisher = self._publisher = Publisher(self.index, store, clock=time.monotonic)
         name = settings.shard or f"{socket.gethostname()}:{os.getpid()}"
@@ -191,6 +203,7 @@ class Indexer:
                 self.accuracy,
                 self.healing,
                 self.routing,
+                self.watch.counts,
                 received=self._source.received,
                 observed=grpc.observed,
                 applying=self._applying,
@@ -200,7 +213,13 @@ class Indexer:
             )
         )
         host, port = _split(settings.rest_listen)
-        app = build_app(self._measured, ready=lambda: self.ready, registry=registry, blocks=self._blocks)
+        app = build_app(
+            self._measured,
+            ready=lambda: self.ready,
+            registry=registry,
+            blocks=self._blocks,
+            findings=self.watch.current,
+        )
         rest = await serve(app, host, port)
         self.rest_address = f"{host}:{rest.port}"
         self._stack.push_async_callback(rest.stop)
@@ -298,7 +317,7 @@ class Indexer:
             if (endpoint := spec.events_endpoint(engine.rank)) is not None
         }
         for engine, why in self._source.set_dialled(dialled).items():
-            self._find(engine, Finding("cannot-dial", why))
+            self.watch.note(engine, Finding(Code.CANNOT_DIAL, why, change="correct events= at --engine"))
 
     def _perform(self, commands: Iterable[Command]) -> None:
         for command in commands:
@@ -327,10 +346,15 @@ class Indexer:
         known = self.index.engine(engine)
         return known.blocks() if known else {}
 
-    def _find(self, engine: EngineId | None, finding: Finding) -> None:
-        self._findings.warning(
-            f"{finding.code} {engine}", finding.code, engine=str(engine) if engine else None, why=finding.text
-        )
+    def _fleet(self) -> Fleet:
+        return self._front.fleet()
+
+    def _own_findings(self) -> Iterator[Finding]:
+        """What is wrong with this shard, whatever its engines do."""
+        if self._store_evicts:
+            yield advice.store_evicts(self._store_evicts)
+        if self._shard is not None and self._shard.away:
+            yield advice.store_unreachable()
 
     # -- what goes on --------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from kvatlas_common.logs import LimitedLog
 from kvatlas_common.tracing import Tracing, open_tracing, trace_logs
 from kvatlas_router.adapters.admin import build_admin
 from kvatlas_router.adapters.decide import Decider
+from kvatlas_router.adapters.findings import Watch
 from kvatlas_router.adapters.fleet import FleetKeeper
 from kvatlas_router.adapters.forward import Forwarder, Patience
 from kvatlas_router.adapters.gate import Gate
@@ -33,6 +34,8 @@ from kvatlas_router.adapters.server import HttpServer
 from kvatlas_router.adapters.traced import TracedApi, TracedForwarder, TracedGate, TracedMatch, traced_decider
 from kvatlas_router.core.admission import Admission, AdmissionRules
 from kvatlas_router.core.chooser import Chooser
+from kvatlas_router.core.diagnosis import Seen
+from kvatlas_router.core.fail_opens import FailOpens
 from kvatlas_router.core.homes import ResponseHomes
 from kvatlas_router.core.outliers import OutlierRules, Outliers
 from kvatlas_router.core.pressure import Pressure, PressureRules
@@ -101,6 +104,8 @@ class Router:
             clock=time.monotonic,
         )
         results.on_change = gate.poke
+        fail_opens = self._fail_opens = FailOpens()
+        self._watch = Watch(self._see, metrics)
         self.index.on_load = gate.load_told
         self._api = PublicApi(
             rules=_rules(settings),
@@ -110,11 +115,12 @@ class Router:
             forwarder=TracedForwarder(self._forwarder, tracing.tracer) if tracing else self._forwarder,
             homes=homes,
             metrics=metrics,
+            fail_opens=fail_opens,
             observe=self.index.observe,
             new_id=lambda: uuid.uuid4().hex,
             started_at=time.time(),
         )
-        admin = build_admin(decider, metrics, settings.session_header, settings.body_bytes_max)
+        admin = build_admin(decider, metrics, settings.session_header, settings.body_bytes_max, self._watch.current)
         served = TracedApi(self._api, tracing.tracer) if tracing else self._api
         self._public = HttpServer(served, settings.host, settings.port, settings.drain_s)
         self._admin = HttpServer(admin, settings.admin_host, settings.admin_port, drain_s=1)
@@ -126,6 +132,17 @@ class Router:
         ]
         if plans.need_prompts:
             self.fleet.on_change.append(self.tokenizers.meet)
+
+    def _see(self) -> Seen:
+        return Seen(
+            self.fleet.fleet,
+            indexers_lost=self.index.lost(),
+            indexers_up=len(self.index.fleets()),
+            tokens=self.tokenizers.findings(),
+            untokenised=self.tokenizers.untokenised(),
+            deciding=tuple(self._fail_opens.findings(time.monotonic())),
+            reannouncing=self._settings.allow_kv_cache_report_mode,
+        )
 
     @property
     def public_port(self) -> int:
@@ -141,7 +158,7 @@ class Router:
             trace_logs()
             self._stack.push_async_callback(self._tracing.close)
         try:
-            for part in (self._forwarder, self.index, self.tokenizers, self.fleet):
+            for part in (self._forwarder, self.index, self.tokenizers, self.fleet, self._watch):
                 await self._stack.enter_async_context(part)
             for server in (self._admin, self._public):
                 await server.start()

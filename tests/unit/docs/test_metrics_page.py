@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 from prometheus_client.metrics import MetricWrapperBase
 
+from kvatlas_common.findings import Code
 from kvatlas_common.fleet import Health, Sync
 from kvatlas_common.observations import Outcome
 from kvatlas_indexer.adapters.grpc_server import Observed
@@ -50,6 +51,7 @@ VALUES: dict[str, type[StrEnum]] = {
     "kvatlas_router_tokenised_total where": Where,
     "kvatlas_router_engines health": Health,
     "kvatlas_indexer_engine_sync sync": Sync,
+    "kvatlas_indexer_findings code": Code,
 }
 ALERTS = Path(__file__).parents[3] / "deploy" / "prometheus" / "alerts.yaml"
 NAME = re.compile(r"kvatlas_[a-z_]+")
@@ -74,6 +76,7 @@ def indexer() -> Iterator[tuple[Metric, tuple[str, ...]]]:
             Accuracy(),
             Healing(index, on_finding=lambda engine, finding: None),
             Routing(estimate_ttl_s=60),
+            lambda: {},
             received=Received(),
             observed=Observed(),
             applying=Durations(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvatlas_common.events.types import Topic
+from kvatlas_common.findings import Code
 from kvatlas_indexer.core.claims import Claims
 
 LEASE_S = 15.0
@@ -39,7 +40,11 @@ def test_a_name_that_is_the_speakers_own_address_is_nobody_elses(host: str) -> N
 def test_refusals_name_the_parties() -> None:
     claims = Claims(lease_s=LEASE_S)
     topic = Topic(OWNER, 8000, "other")
-    assert "is dialled" in str(claims.refusal("a:1", topic, STRANGER, dialled=True, models=frozenset(), now=0))
+    twice = claims.refusal("a:1", topic, STRANGER, dialled=True, models=frozenset(), now=0)
+    assert twice is not None
+    assert (twice.code, "is dialled" in twice.wrong) == (Code.NAME_CLAIMED_TWICE, True)
     why = claims.refusal("a:1", topic, STRANGER, dialled=False, models=frozenset({"tiny"}), now=0)
     assert why is not None
-    assert all(part in why for part in (STRANGER, "a:1", "'other'", "tiny"))
+    assert why.code is Code.TOPIC_MODEL
+    assert all(part in why.wrong for part in (STRANGER, "a:1", "'other'", "tiny"))
+    assert '"kv@a:1@tiny"' in why.change

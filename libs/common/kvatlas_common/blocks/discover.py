@@ -147,34 +147,3 @@ def _encodings(algorithm: Algorithm) -> tuple[ExtraKeys, ...]:
     if algorithm is Algorithm.SHA256_CBOR_64BIT:
         return ExtraKeys.LORA_ID, ExtraKeys.LORA_NAME, ExtraKeys.TAGGED
     return ExtraKeys.TAGGED, ExtraKeys.LORA_NAME, ExtraKeys.LORA_ID
-
-
-def explain(expected: HashProfile, found: HashProfile | None) -> str:
-    """For operators, in one sentence: what an engine does, what was expected of it, and the setting to change."""
-    if found is None:
-        return (
-            "engine hashes cannot be reproduced, likely because its PYTHONHASHSEED is not set: keys are recomputed "
-            "from token ids; set PYTHONHASHSEED on the engine, and hashSeed to the same value"
-        )
-    unset = " (its PYTHONHASHSEED is not set)" if found.seed == FIXED_SEED else ""
-    differing = [
-        (text, setting, was, now)
-        for text, setting, was, now in (
-            (f"seed {_shown(found.seed)}{unset}", "hashSeed", _shown(expected.seed), _shown(found.seed)),
-            (f"block size {found.block_size}", "blockSize", expected.block_size, found.block_size),
-            (f"algorithm {found.algorithm}", "prefixCachingHashAlgo", expected.algorithm, found.algorithm),
-        )
-        if was != now
-    ]
-    if differing:
-        does = " and ".join(text for text, _, _, _ in differing)
-        configured = " and ".join(f"{setting} is {was}" for _, setting, was, _ in differing)
-        change = " and ".join(f"{setting}: {now}" for _, setting, _, now in differing)
-        return f"engine hashes with {does}, configured {configured}: set {change}"
-    if expected.extra_keys != found.extra_keys:
-        return f"engine hashes {found.extra_keys} extra keys, expected were {expected.extra_keys}: nothing to set"
-    return "engine hashes as configured"
-
-
-def _shown(seed: str) -> str:
-    return seed if seed.isprintable() and seed == seed.strip() and seed else repr(seed)

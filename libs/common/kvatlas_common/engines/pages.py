@@ -23,7 +23,12 @@ KV_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc", "sglang:tok
 CACHE_CONFIG = ("vllm:cache_config_info", "sglang:cache_config_info")
 PROCESS_START = ("process_start_time_seconds",)
 LORAS = "vllm:lora_requests_info"
-METRIC_NAMES = (*RUNNING, *WAITING, *KV_USAGE, *CACHE_CONFIG, *PROCESS_START, LORAS)
+CACHE_QUERIES = ("vllm:prefix_cache_queries_total",)
+CACHE_HITS = ("vllm:prefix_cache_hits_total",)
+FINISHED = ("vllm:request_success_total",)
+METRIC_NAMES = (
+    *RUNNING, *WAITING, *KV_USAGE, *CACHE_CONFIG, *PROCESS_START, *CACHE_QUERIES, *CACHE_HITS, *FINISHED, LORAS
+)  # fmt: skip
 
 _RANK_LABELS = ("engine", "dp_rank")  # of vLLM and of SGLang
 _LABEL = re.compile(rb'(\w+)="((?:[^"\\]|\\.)*)"')
@@ -56,7 +61,8 @@ class CacheConfig:
 class EngineMetrics:
     """The few figures of a metrics page that matter; None is not said. `kv_usage` is 0..1, `process_start_s` epoch.
 
-    `loras`: adapters that requests run with or wait for.
+    `loras`: adapters that requests run with or wait for. `computed_tokens`: of prompts, not found in the cache;
+    `finished`: requests; both since the process began. `ranks`: how many the page tells of.
     """
 
     running: int | None = None
@@ -65,6 +71,9 @@ class EngineMetrics:
     process_start_s: float | None = None
     cache: CacheConfig | None = None
     loras: frozenset[str] | None = None
+    computed_tokens: int | None = None
+    finished: int | None = None
+    ranks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +102,19 @@ def parse_metrics(page: bytes, rank: int | None = None) -> EngineMetrics:
         process_start_s=starts[0] if starts else None,
         cache=_cache_config(page, rank),
         loras=_loras(page, rank),
+        computed_tokens=_computed(page, rank),
+        finished=_total(_figures(page, FINISHED, rank)),
+        ranks=_ranks(page),
     )
+
+
+def parse_version(page: bytes) -> str | None:
+    """Of vLLM's `/version`, `{"version": "0.32.0"}`; None for anything else."""
+    try:
+        said = msgspec.json.decode(page, type=dict[str, str]).get("version", "")
+    except (msgspec.MsgspecError, RecursionError, ValueError):
+        return None
+    return said if 0 < len(said) <= 64 and said.isprintable() else None
 
 
 class _Card(msgspec.Struct):
@@ -160,9 +181,11 @@ def _labels(text: bytes) -> dict[str, str]:
 
 def _is_of_rank(labels: dict[str, str], rank: int | None) -> bool:
     """A sample that names no rank belongs to rank 0."""
-    if rank is None:
-        return True
-    return next((labels[name] for name in _RANK_LABELS if name in labels), "0") == str(rank)
+    return rank is None or _rank_of(labels) == str(rank)
+
+
+def _rank_of(labels: dict[str, str]) -> str:
+    return next((labels[name] for name in _RANK_LABELS if name in labels), "0")
 
 
 def _figures(page: bytes, names: tuple[str, ...], rank: int | None) -> list[float]:
@@ -187,6 +210,25 @@ def _sane(text: bytes) -> float | None:
 def _count(values: list[float]) -> int | None:
     total = sum(values)
     return int(total) if values and total <= _COUNT_MAX else None
+
+
+def _total(values: list[float]) -> int | None:
+    """Of counters, which may be large."""
+    return int(sum(values)) if values else None
+
+
+def _computed(page: bytes, rank: int | None) -> int | None:
+    asked, hit = _total(_figures(page, CACHE_QUERIES, rank)), _total(_figures(page, CACHE_HITS, rank))
+    return None if asked is None or hit is None else max(asked - hit, 0)
+
+
+def _ranks(page: bytes) -> int:
+    """Distinct ranks among the samples of `RUNNING`; one that names none is one."""
+    for name in RUNNING:
+        found = {_rank_of(_labels(text)) for text, _ in _lines(page, name)}
+        if found:
+            return len(found)
+    return 0
 
 
 def _cache_config(page: bytes, rank: int | None) -> CacheConfig | None:

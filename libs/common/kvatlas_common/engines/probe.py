@@ -20,6 +20,7 @@ from typing import Self
 import aiohttp
 
 from kvatlas_common.engines.asking import METRICS_ALL, METRICS_FEW, AskFailed, ask, open_session, tokenize
+from kvatlas_common.engines.facts import EngineFacts, Work
 from kvatlas_common.engines.pages import (
     RUNNING,
     CacheConfig,
@@ -28,38 +29,20 @@ from kvatlas_common.engines.pages import (
     ServedModels,
     parse_metrics,
     parse_models,
+    parse_version,
 )
 from kvatlas_common.engines.specs import EngineSpec
-from kvatlas_common.fleet import Adapter, Health, Load
+from kvatlas_common.fleet import Health, Load
 from kvatlas_common.words import EngineId
 
 __all__ = [
     "AskFailed", "CacheConfig", "EngineFacts", "EngineMetrics", "MalformedPage", "ProbePlan", "ProbeState", "Prober",
-    "ServedModels", "open_session", "parse_metrics", "parse_models", "tokenize",
+    "ServedModels", "Work", "open_session", "parse_metrics", "parse_models", "tokenize",
 ]  # fmt: skip
 
 ERROR_CHARS_MAX = 300
 _RUNNING = tuple(name.encode() for name in RUNNING)
 _NO_MODELS = ServedModels()
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """What one engine (one rank) says about itself, but for its load.
-
-    `error`: what is wrong with it, or with the asking; "" is nothing. `process_start_s` (seconds since the
-    epoch) changes when the engine restarts.
-    """
-
-    id: EngineId
-    health: Health = Health.UNKNOWN
-    models: frozenset[str] = frozenset()
-    adapters: tuple[Adapter, ...] = ()
-    root: str | None = None
-    max_model_len: int | None = None
-    process_start_s: float | None = None
-    cache: CacheConfig | None = None
-    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +60,7 @@ class ProbePlan:
     refusals_to_down: int = 2
     concurrent_max: int = 64
     jitter: float = 0.2  # share of a pause, either way
+    versions: bool = False  # each life of an engine is asked for its version
 
 
 @dataclass(slots=True)
@@ -94,6 +78,10 @@ class ProbeState:
     _models_due: float | None = None
     _models: ServedModels = _NO_MODELS
     _process_start_s: float | None = None
+    _version: str | None = None
+    _version_due: bool = True
+    _ranks_seen: int = 0
+    _works: dict[int, Work] = field(default_factory=dict)
     _caches: dict[int, CacheConfig] = field(default_factory=dict)  # by rank, as are loads
     _loads: dict[int, Load] = field(default_factory=dict)
     _page: bytes = b""  # of metrics, the last one, and what was read in it: an idle engine's is always the same
@@ -113,6 +101,7 @@ class ProbeState:
         self._errors["health"] = why
         self._health_due = None
         self._models_due = None  # whoever comes back may be another
+        self._version_due = True
         self.whole_page = False
         if self._failures >= self.plan.failures_to_down or self._refusals >= self.plan.refusals_to_down:
             grown = self._pause_s * 2 if self._health is Health.DOWN else self.plan.retry_s * 2
@@ -148,9 +137,11 @@ class ProbeState:
         """Whether the load of the rank has changed."""
         if seen.process_start_s is not None and seen.process_start_s != self._process_start_s:
             self._process_start_s = seen.process_start_s
-            self._models_due = None
+            self._models_due, self._version_due = None, True
         if seen.cache is not None:
             self._caches[rank] = seen.cache
+        self._ranks_seen = seen.ranks or self._ranks_seen
+        self._works[rank] = Work(seen.computed_tokens, seen.finished)
         last = self._loads.get(rank)
         known = last or Load(scraped_at=at)
         load = Load(
@@ -175,6 +166,17 @@ class ProbeState:
     def loads(self) -> Mapping[EngineId, Load]:
         """Of the ranks that have said. `scraped_at`: when a busy engine last said so, and when an idle one began to."""
         return {engine: self._loads[engine.rank] for engine in self.spec.ids if engine.rank in self._loads}
+
+    def works(self) -> Mapping[EngineId, Work]:
+        """Of the ranks that have said."""
+        return {engine: self._works[engine.rank] for engine in self.spec.ids if engine.rank in self._works}
+
+    def wants_version(self) -> bool:
+        return self.plan.versions and self._version_due
+
+    def versioned(self, version: str | None) -> None:
+        """None: it does not say, which only vLLM does."""
+        self._version, self._version_due = version, False
 
     def listed(self, models: ServedModels, now: float) -> None:
         self._errors.pop("models", None)
@@ -203,6 +205,8 @@ class ProbeState:
                 process_start_s=self._process_start_s,
                 cache=self._caches.get(engine.rank),
                 error=error,
+                version=self._version,
+                ranks_seen=self._ranks_seen,
             )
             for engine in self.spec.ids
         )
@@ -220,8 +224,8 @@ class ProbeState:
 class Prober:
     """Keeps every wanted engine asked, and hands on its facts and its load when they change. An async context.
 
-    `want` inside it. `on_facts` and `on_load` are called from the event loop: what they raise ends the context. `clock`
-    is monotonic, `wall` gives seconds since the epoch.
+    `want` inside it. `on_facts`, `on_load` and `on_work` are called from the event loop: what they raise ends the
+    context. `clock` is monotonic, `wall` gives seconds since the epoch.
     """
 
     def __init__(
@@ -229,6 +233,7 @@ class Prober:
         session: aiohttp.ClientSession,
         on_facts: Callable[[EngineFacts], None],
         on_load: Callable[[EngineId, Load], None] = lambda engine, load: None,
+        on_work: Callable[[EngineId, Work], None] = lambda engine, work: None,
         *,
         clock: Callable[[], float],
         wall: Callable[[], float],
@@ -238,6 +243,7 @@ class Prober:
         self._session = session
         self._on_facts = on_facts
         self._on_load = on_load
+        self._on_work = on_work
         self._clock = clock
         self._wall = wall
         self._rng = rng
@@ -282,6 +288,7 @@ class Prober:
         state = ProbeState(spec, self._plan)
         told: dict[EngineId, EngineFacts] = {}
         loads: Mapping[EngineId, Load] = {}
+        works: Mapping[EngineId, Work] = {}
         while True:
             hurried.clear()
             async with self._places:
@@ -294,6 +301,10 @@ class Prober:
             for engine, load in loads.items():
                 if before.get(engine) != load:
                     self._on_load(engine, load)
+            earlier, works = works, state.works()
+            for engine, work in works.items():
+                if earlier.get(engine) != work:
+                    self._on_work(engine, work)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(state.pause_s(self._rng)):
                     await hurried.wait()
@@ -313,6 +324,11 @@ class Prober:
                 state.listed(parse_models(await self._get(state.spec, "/v1/models")), self._clock())
             except (AskFailed, MalformedPage) as failure:
                 state.unlisted(str(failure), self._clock())
+        if state.wants_version():
+            try:
+                state.versioned(parse_version(await self._get(state.spec, "/version")))
+            except AskFailed:
+                state.versioned(None)
 
     async def _ask_metrics(self, state: ProbeState) -> bool:
         """Whether it answered anything."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvatlas_common.findings import Code
 from kvatlas_common.fleet import Sync
 from kvatlas_common.words import Medium
 from kvatlas_indexer.adapters.grpc_server import Observed
@@ -64,6 +65,7 @@ class IndexMetrics(Collector):
         accuracy: Accuracy,
         healing: Healing,
         routing: Routing,
+        findings: Callable[[], Mapping[Code, int]],
         *,
         received: Received,
         observed: Observed,
@@ -77,6 +79,7 @@ class IndexMetrics(Collector):
         self._publisher = publisher
         self._shared = shared
         self._routing = routing
+        self._findings = findings
         self._observed = observed
         self._index = index
         self._accuracy = accuracy
@@ -128,6 +131,10 @@ class IndexMetrics(Collector):
         for reason, count in self._index.refused.items():
             refused.add_metric([reason], count)
         yield refused
+        findings = GaugeMetricFamily(f"{name}findings", "Engines that something is wrong with, now", labels=["code"])
+        for code, engines in self._findings().items():
+            findings.add_metric([code], engines)
+        yield findings
         yield GaugeMetricFamily(f"{name}keys", "Block keys in the index", value=len(self._index.residency))
         yield GaugeMetricFamily(f"{name}slots_unswept", "Retired slots to sweep", value=self._index.residency.unswept)
         yield CounterMetricFamily(f"{name}messages_received", "KV event messages", value=self._received.messages)

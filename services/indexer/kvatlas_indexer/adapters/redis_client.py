@@ -77,6 +77,7 @@ class RedisClient:
         self.prefix = f"{prefix}{partitions}:"
         self.partitions = partitions
         self.timeouts = timeouts
+        self.evicts = ""  # why its server may drop entries
         self._topology = topology
         self._looking = asyncio.Lock()
         self._looked = 0
@@ -256,7 +257,8 @@ async def open_redis(
         await client.connect()
         for partition in range(count):
             check_version(await client.info(partition, "server"), client.name)
-            check_policy(await client.info(partition, "memory"), client.name, evictions_allowed=evictions_allowed)
+            memory = await client.info(partition, "memory")
+            client.evicts = check_policy(memory, client.name, evictions_allowed=evictions_allowed) or client.evicts
     except BaseException:
         await client.aclose()
         raise
@@ -271,11 +273,14 @@ def check_version(info: Mapping[str, str], name: str) -> None:
         raise StoreUnavailable(f"{name}: it is Redis {text}; Redis 6.2 or later is needed, or any Valkey")
 
 
-def check_policy(info: Mapping[str, str], name: str, *, evictions_allowed: bool) -> None:
-    """Raises `StoreUnavailable` where memory is limited and entries would be dropped: all of ours may expire."""
+def check_policy(info: Mapping[str, str], name: str, *, evictions_allowed: bool) -> str:
+    """What is wrong with it all the same; "" is nothing.
+
+    Raises `StoreUnavailable` where memory is limited and entries would be dropped: all of ours may expire.
+    """
     policy = info.get("maxmemory_policy", "noeviction")
     if policy == "noeviction" or int(info.get("maxmemory", "0")) == 0:
-        return
+        return ""
     problem = (
         f"{name}: maxmemory-policy is {policy}, which drops entries of the index without a word once memory is full, "
         "and engines would count as exact that are not. Cure: CONFIG SET maxmemory-policy noeviction (a full store "
@@ -284,3 +289,4 @@ def check_policy(info: Mapping[str, str], name: str, *, evictions_allowed: bool)
     if not evictions_allowed:
         raise StoreUnavailable(problem)
     _log.warning("%s", problem)
+    return problem

@@ -1,4 +1,5 @@
-"""The indexer over HTTP, for people and scripts: engines, blocks, matches, health, metrics, and a page that shows them.
+"""The indexer over HTTP, for people and scripts: engines, blocks, matches, what is wrong, health, metrics, and a page
+that shows them.
 
 Loopback unless told otherwise: nothing here changes anything, but it tells who holds what. Errors have OpenAI's shape,
 `{"error": {"message", "type", "code"}}`.
@@ -7,7 +8,7 @@ Loopback unless told otherwise: nothing here changes anything, but it tells who 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fastapi import FastAPI, Request
@@ -20,9 +21,11 @@ from starlette.exceptions import HTTPException
 from kvatlas_common.blocks.extras import Lora, PromptExtras, UnknownExtra
 from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import HashProfile
+from kvatlas_common.findings import Found
 from kvatlas_common.fleet import EngineView, Sync
 from kvatlas_common.history import ESTIMATE_PROFILE
 from kvatlas_common.words import BlockKey, EngineId, Medium
+from kvatlas_indexer.adapters.findings import CHECKED
 from kvatlas_indexer.adapters.http_server import LimitBody, serve
 from kvatlas_indexer.adapters.rest_json import (
     BlocksBody,
@@ -59,14 +62,19 @@ class Refused(Exception):
 
 
 def build_app(
-    index: Index, *, ready: Callable[[], bool], registry: CollectorRegistry, blocks: Blocks | None = None
+    index: Index,
+    *,
+    ready: Callable[[], bool],
+    registry: CollectorRegistry,
+    blocks: Blocks | None = None,
+    findings: Callable[[], Sequence[Found]] = tuple,
 ) -> FastAPI:
     """`ready`: whether lookups may be sent here. `blocks`: distinct blocks an engine holds, per medium."""
     app = FastAPI(title="KV Atlas indexer", docs_url=None, redoc_url=None)
     app.add_middleware(LimitBody, bytes_max=BODY_BYTES_MAX, answer=_error(413, "the body is too long", "too_large"))
     _answer_errors(app)
     _add_lookups(app, index, blocks)
-    _add_operations(app, ready, registry)
+    _add_operations(app, ready, registry, findings)
     return app
 
 
@@ -114,7 +122,14 @@ def _add_lookups(app: FastAPI, index: Index, blocks: Blocks | None) -> None:
         return JSONResponse(match_json(body.model, prompts, answer))
 
 
-def _add_operations(app: FastAPI, ready: Callable[[], bool], registry: CollectorRegistry) -> None:
+def _add_operations(
+    app: FastAPI, ready: Callable[[], bool], registry: CollectorRegistry, findings: Callable[[], Sequence[Found]]
+) -> None:
+    @app.get("/v1/findings")
+    async def current_findings() -> JSONResponse:
+        """What is wrong now, the worst first, with the cause and the change to make."""
+        return JSONResponse({"findings": [found.as_json() for found in findings()], "checked": list(CHECKED)})
+
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         return HTMLResponse(text, headers=PAGE_HEADERS)

@@ -111,6 +111,11 @@ class Shard:
         self._hurry.set()
         return False
 
+    @property
+    def away(self) -> bool:
+        """Whether the store did not answer the last time."""
+        return self._away
+
     # -- its life ------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
+from kvatlas_common.words import EngineId
 
 IN_FLIGHT_MAX = 65_536
 """Requests whose end is awaited; beyond, the oldest is given up (its router is gone)."""
@@ -20,6 +21,8 @@ class Accuracy:
         self.equal = 0
         self.predicted_tokens = 0
         self.actual_tokens = 0
+        self.unreported: Counter[EngineId] = Counter()
+        """Per engine: answers in a row that were predicted to hit, and told their usage but no cached tokens."""
         self._predicted: OrderedDict[str, int] = OrderedDict()
 
     def observe(self, observation: Observation) -> None:
@@ -37,8 +40,13 @@ class Accuracy:
 
     def _finish(self, finished: Finished) -> None:
         predicted = self._predicted.pop(finished.request_id, None)
-        if predicted is None or finished.cached_tokens is None:
+        if predicted is None:
             return
+        if finished.cached_tokens is None:
+            if predicted and finished.completion_tokens and finished.outcome is Outcome.OK:
+                self.unreported[finished.engine] += 1
+            return
+        self.unreported.pop(finished.engine, None)
         if not finished.comparable or finished.outcome is not Outcome.OK:
             return
         self.compared += 1

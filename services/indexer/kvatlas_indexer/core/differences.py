@@ -24,8 +24,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from enum import StrEnum
 
+from kvatlas_common.findings import Code, Finding
 from kvatlas_common.words import EngineId
-from kvatlas_indexer.core.naming import Finding
 
 REPEATED = 8
 """So many requests in a row that differ in the same way are no accident."""
@@ -87,25 +87,34 @@ class Repetitions:
     """Counts, per engine, how often in a row requests differ in the same way."""
 
     def __init__(self) -> None:
-        self._counts: OrderedDict[tuple[EngineId, str], int] = OrderedDict()
+        self._counts: OrderedDict[tuple[EngineId, Finding], int] = OrderedDict()
 
     def add(self, compared: Comparison) -> Finding | None:
         """What the operator should know by now; told with every further repetition, so limit its rate."""
         if compared.reset:
             return None
-        if compared.predicted and self._again(compared, "zero-hits", not compared.actual):
-            return Finding("zero-hits", _ZERO_HITS)
+        if compared.predicted and self._again(compared, _ZERO_HITS, not compared.actual):
+            return _ZERO_HITS
         if not compared.exact:
             return None
         nothing_known = not compared.predicted and not compared.known
-        if compared.actual and self._again(compared, "unpredicted-hits", nothing_known):
-            return Finding("unpredicted-hits", _UNPREDICTED_HITS)
-        if compared.predicted and self._again(compared, "one-block-short", _looks_speculative(compared)):
-            return Finding("one-block-short", _OTHER_DROP if compared.dropped else _ONE_SHORT)
+        if compared.actual and self._again(compared, _UNPREDICTED_HITS, nothing_known):
+            return _UNPREDICTED_HITS
+        one_less = _OTHER_DROP if compared.dropped else _ONE_SHORT
+        if compared.predicted and self._again(compared, one_less, _looks_speculative(compared)):
+            return one_less
         return None
 
-    def _again(self, compared: Comparison, code: str, differs: bool) -> bool:
-        at = (compared.engine, code)
+    def current(self) -> list[tuple[EngineId, Finding]]:
+        """What was repeated often enough, and nothing else has come between since."""
+        return [at for at, count in self._counts.items() if count >= REPEATED]
+
+    def forget(self, engine: EngineId) -> None:
+        """It has come back as another, or is gone."""
+        self._counts = OrderedDict((at, count) for at, count in self._counts.items() if at[0] != engine)
+
+    def _again(self, compared: Comparison, finding: Finding, differs: bool) -> bool:
+        at = (compared.engine, finding)
         count = self._counts.pop(at, 0) + 1 if differs else 0
         if not count:
             self._counts.pop(at, None)
@@ -116,22 +125,32 @@ class Repetitions:
         return count >= REPEATED
 
 
-_ZERO_HITS = (
-    f"{REPEATED} requests in a row were predicted to hit its cache, and none did. Likely: its address is a load "
-    "balancer in front of several engines, or another engine publishes KV events under its name (check the topic, "
-    "--engine-port and the data-parallel rank); its prefix caching is turned off or its cache is reset all the time; "
-    "or requests wait so long that their blocks are evicted before they run"
+_ZERO_HITS = Finding(
+    Code.ZERO_HITS,
+    f"{REPEATED} requests in a row were predicted to hit its cache, and none did",
+    "its address is a load balancer in front of several engines, or another engine publishes KV events under its name, "
+    "or its prefix caching is off or its cache reset all the time, or requests wait so long that their blocks are "
+    "evicted before they run",
+    "name every engine by its own address; check the topic, --engine-port and the data-parallel rank; start it without "
+    "--no-enable-prefix-caching",
 )
-_UNPREDICTED_HITS = (
-    f"{REPEATED} requests in a row hit its cache where nothing was predicted. Likely: the router renders or tokenises "
-    "prompts otherwise than the engine (chat template, tokenizer files, adapter), so that block keys differ; or a KV "
-    "connector serves blocks that no event announces"
+_UNPREDICTED_HITS = Finding(
+    Code.UNPREDICTED_HITS,
+    f"{REPEATED} requests in a row hit its cache where nothing was predicted",
+    "the router renders or tokenises prompts otherwise than the engine (chat template, tokenizer files, adapter), so "
+    "that block keys differ; or its events are cut on the way; or a KV connector serves blocks that no event announces",
+    "give the router the files the engine serves (--model-files NAME=PATH); check that the engine's events arrive",
 )
-_ONE_SHORT = (
-    f"{REPEATED} requests in a row hit one block less than predicted. Likely: it decodes speculatively (EAGLE, MTP) "
-    "and computes the last matched block again: set speculative_drop_blocks to 1 for it"
+_ONE_SHORT = Finding(
+    Code.ONE_BLOCK_SHORT,
+    f"{REPEATED} requests in a row hit one block less than predicted",
+    "it decodes speculatively (EAGLE, MTP) and computes the last matched block again",
+    "set speculative_drop_blocks to 1 for it: --engine <host:port>,speculative-drop-blocks=1",
 )
-_OTHER_DROP = (
+_OTHER_DROP = Finding(
+    Code.ONE_BLOCK_SHORT,
     f"{REPEATED} requests in a row hit more than predicted, by no more than the blocks that speculative decoding is "
-    "said to drop: check speculative_drop_blocks for it"
+    "said to drop",
+    "it does not decode speculatively, or drops fewer blocks",
+    "check speculative_drop_blocks for it: --engine <host:port>,speculative-drop-blocks=0",
 )

@@ -20,6 +20,7 @@ from kvatlas_common.events.types import (
     RejectedEvent,
     Rejection,
 )
+from kvatlas_common.findings import Code, Finding
 from kvatlas_common.fleet import Sync
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core.durations import Durations
@@ -37,13 +38,14 @@ from kvatlas_indexer.core.effects import (
     RequestReplay,
 )
 from kvatlas_indexer.core.match import EngineGroups, GroupRule, Kind
-from kvatlas_indexer.core.naming import Finding, Mode, Naming
+from kvatlas_indexer.core.naming import Mode, Naming
 from kvatlas_indexer.core.residency import Residency
 from kvatlas_indexer.core.stream import Stream
 
 GROUPS_MAX = 64
-RESTARTS_SUSPECT, RESTARTS_WITHIN_S = 4, 10.0
-"""So many restarts within so many seconds are no restarts: two publishers speak under one name."""
+RESTARTS_SUSPECT, RESTARTS_WITHIN_S, RESTARTS_OVER_S = 4, 10.0, 30.0
+"""So many restarts within so many seconds are no restarts: two publishers speak under one name. Until there has been
+none for a while."""
 DOUBTS_PER_TTL = 8
 """A stream that loses messages all the time is put in doubt so often while a doubtful entry lives, not at each loss."""
 _MEDIA = frozenset(Medium)
@@ -95,7 +97,8 @@ class Engine:
         self._doubted_at = float("-inf")
         self._due: frozenset[Medium] = frozenset()  # what is to be put in doubt when the time has come
         self._restarts: list[float] = []
-        self._odd = ""  # a lasting reason not to be exact
+        self.odd: Finding | None = None  # a lasting reason not to be exact
+        self.replay_failed = ""  # how the last replay ended, unless well
         self._findings: list[Finding] = []
         self._partitions = 1
         self._ahead: dict[int, int] = {}  # partition -> the last message it has already, while behind ones catch up
@@ -123,8 +126,8 @@ class Engine:
         """What keeps it from being exact although every message has been applied."""
         if not self.connected:
             return "its event stream is not connected: what it publishes is missed"
-        if self._odd:
-            return self._odd
+        if self.odd is not None:
+            return self.odd.wrong
         if self._due or self._residency.in_doubt(self.id):
             return "some of what it holds is in doubt"
         if self.tiered and not self.stream.complete:
@@ -168,6 +171,7 @@ class Engine:
 
     def on_replay_end(self, end: ReplayEnd, now: float) -> list[Network]:
         self.counts[f"replay-{end}"] += 1
+        self.replay_failed = "" if end is ReplayEnd.COMPLETE else f"it was {end}"
         return self._perform(self.stream.on_replay_end(end, now), now)
 
     def on_process_start(self, start_s: float, now: float) -> list[Network]:
@@ -180,7 +184,13 @@ class Engine:
         self._residency.expire_doubts(now - self._bounds.doubt_ttl_s, self.id)
         if self._due:
             self._doubt(self._due, now)
-        return self._perform(self.stream.on_tick(now), now)
+        if self.odd is not None and self.odd.code is Code.NAME_CLAIMED_TWICE and self._is_alone_again(now):
+            self.odd = None
+            return self._perform(self.stream.on_unusable("two publishers have used its name", now), now)
+        effects = self.stream.on_tick(now)
+        if any(isinstance(effect, CancelReplay) for effect in effects):
+            self.replay_failed = "it stalled"
+        return self._perform(effects, now)
 
     def forget(self) -> None:
         """It is gone: nothing of it stays."""
@@ -218,10 +228,10 @@ class Engine:
                     self.counts["loss"] += 1
                     self.naming.lose_track()
                     self._doubt(_MEDIA, now)
-                    self._findings.append(Finding("loss", reason))
+                    self._findings.append(Finding(Code.LOSS, reason))
                 case BuildAgain():
                     self.naming.lose_track()
-                    self._odd = ""
+                    self.odd = None
                     self._due = frozenset()
                     self._residency.doubt(self.id, now)
                     self._residency.bury(self.naming.forget_names())
@@ -272,22 +282,23 @@ class Engine:
             if known is not None and (event.kind is None or (event.kind, event.window) == (known.name, known.window)):
                 continue
             if known is None and len(self.rules) >= GROUPS_MAX:
-                self._odd = f"it has more than {GROUPS_MAX} cache groups"
+                self.odd = Finding(Code.UNKNOWN_GROUP_KIND, f"it has more than {GROUPS_MAX} cache groups")
                 return
             rule = self.rules[event.group] = GroupRule.of(event.kind, event.window)
             self._residency.version += 1
             if rule.kind is Kind.UNKNOWN:
-                self._odd = f"cache group {event.group} is of kind {(rule.name or '')[:64]!r}, whose hits are not known"
-                self._findings.append(Finding("unknown-group-kind", self._odd))
+                kind = (rule.name or "")[:64]
+                self._is_odd(
+                    Code.UNKNOWN_GROUP_KIND, f"cache group {event.group} is of kind {kind!r}, whose hits are not known"
+                )
 
     def _store(self, event: BlockStored, now: float) -> None:
         size = event.block_size
         if size and event.medium is Medium.GPU:
             if self.naming.block_size is None:
                 self.naming.learn_block_size(size)
-            elif size != self.naming.block_size and not self._odd:
-                self._odd = f"it has blocks of {self.naming.block_size} and of {size} tokens"
-                self._findings.append(Finding("mixed-block-sizes", self._odd))
+            elif size != self.naming.block_size and self.odd is None:
+                self._is_odd(Code.MIXED_BLOCK_SIZES, f"it has blocks of {self.naming.block_size} and of {size} tokens")
         self.tiered = self.tiered or event.medium is not Medium.GPU
         keys = self._behind(self.naming.stored(event))
         self.counts["event-stored"] += 1
@@ -300,8 +311,8 @@ class Engine:
         if place is not None and place.live.blocks > self._bounds.blocks_max:
             self._residency.doubt(self.id, now, [event.medium])
             self._residency.keep_doubts(place, 1)
-            self._odd = f"more than {self._bounds.blocks_max} blocks on {event.medium}: the oldest are aging out"
-            self._findings.append(Finding("too-many-blocks", self._odd))
+            most = self._bounds.blocks_max
+            self._is_odd(Code.TOO_MANY_BLOCKS, f"more than {most} blocks on {event.medium}: the oldest are aging out")
 
     def _remove(self, event: BlockRemoved) -> None:
         self.tiered = self.tiered or event.medium is not Medium.GPU
@@ -325,7 +336,7 @@ class Engine:
         self._ahead = {}  # from nothing on, every partition applies the same
         if self._residency.places(self.id):
             self._doubt(_MEDIA - {Medium.GPU}, now)
-            self._odd = self._odd or "a clear empties the gpu, and does not say whether the other media went with it"
+            self.odd = self.odd or Finding(Code.INEXACT, _CLEARED_BESIDE)
         else:
             self._due = frozenset()
             self._residency.bury(self.naming.forget_names())
@@ -348,12 +359,19 @@ class Engine:
             self.counts[event.rejection] += 1
             if event.rejection not in told:
                 told.add(event.rejection)
-                self._findings.append(Finding(event.rejection, event.why))
+                self._findings.append(Finding(Code(event.rejection), event.why, change=_REPORT))
                 if event.rejection is Rejection.UNKNOWN_MEDIUM:
-                    self._odd = f"{event.why}: what it holds there is not known"
+                    self.odd = Finding(Code.INEXACT, f"{event.why}: what it holds there is not known")
             if event.lossy and not effects:
                 effects = self.stream.on_unusable(f"an event could not be read: {event.why}", now)
         return effects
+
+    def _is_alone_again(self, now: float) -> bool:
+        return not self._restarts or now - self._restarts[-1] > RESTARTS_OVER_S
+
+    def _is_odd(self, code: Code, wrong: str, cause: str = "", change: str = "") -> None:
+        self.odd = Finding(code, wrong, cause, change)
+        self._findings.append(self.odd)
 
     def _begin_epoch(self, reason: str, now: float) -> None:
         self.counts["restart"] += 1
@@ -364,13 +382,18 @@ class Engine:
         self._residency.bury(self.naming.forget_names())
         self.naming.begin_epoch()
         self.rules.clear()
-        self._odd = ""
+        self.odd = None
         self._due, self._doubted_at = frozenset(), float("-inf")
-        self._findings.append(Finding("restart", reason))
+        self._findings.append(Finding(Code.RESTART, reason))
         self._restarts = [*self._restarts[1 - RESTARTS_SUSPECT :], now]
         if len(self._restarts) == RESTARTS_SUSPECT and now - self._restarts[0] < RESTARTS_WITHIN_S:
-            self._odd = "its messages keep beginning again: two publishers seem to use its name"
-            self._findings.append(Finding("name-claimed-twice", self._odd))
+            self._is_odd(Code.NAME_CLAIMED_TWICE, _TWO_PUBLISHERS, "another engine has its topic", _OWN_TOPIC)
+
+
+_CLEARED_BESIDE = "a clear empties the gpu, and does not say whether the other media went with it"
+_TWO_PUBLISHERS = "its messages keep beginning again: two publishers seem to use its name"
+_OWN_TOPIC = 'give each engine a "topic" of its own in --kv-events-config: kv@<its host:port>@<its model>'
+_REPORT = "report it with the engine's version: what its events say is not understood here"
 
 
 def _between_clears(events: Sequence[Event]) -> Iterator[tuple[bool, list[BlockStored | BlockRemoved]]]:

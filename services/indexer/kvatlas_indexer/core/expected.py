@@ -1,10 +1,11 @@
-"""The hash settings of the configuration, and what is reported where engines differ from them."""
+"""The hash settings of the configuration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from kvatlas_common.blocks.profile import FIXED_SEED, Algorithm, ExtraKeys, HashProfile
+from kvatlas_common.findings.hashing import Hashing
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,17 +24,13 @@ class Expected:
         seed = FIXED_SEED if self.seed is None else self.seed
         return [HashProfile(a, seed, block_size, extra) for a in algorithms for extra in _extras_of(a)]
 
+    @property
+    def hashing(self) -> Hashing:
+        return Hashing(str(self.algorithm) if self.algorithm else None, self.block_size, self.seed)
+
 
 def _extras_of(algorithm: Algorithm) -> tuple[ExtraKeys, ...]:
     """The likeliest first. 0.10 is the only version with the 64-bit form."""
     if algorithm is Algorithm.SHA256_CBOR_64BIT:
         return (ExtraKeys.LORA_ID, ExtraKeys.LORA_NAME)
     return (ExtraKeys.TAGGED, ExtraKeys.LORA_NAME, ExtraKeys.LORA_ID)
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something the operator should know. `code` is few-valued: the label of a counter."""
-
-    code: str
-    text: str

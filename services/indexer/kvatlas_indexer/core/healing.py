@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from kvatlas_common.findings import Finding
 from kvatlas_common.fleet import Sync
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.words import EngineId, Medium
@@ -49,7 +50,6 @@ from kvatlas_indexer.core.differences import Cause, Comparison, Repetitions, cau
 from kvatlas_indexer.core.engine import Engine
 from kvatlas_indexer.core.index import ENGINES_MAX, KvIndex
 from kvatlas_indexer.core.match import Kind, Plan
-from kvatlas_indexer.core.naming import Finding
 from kvatlas_indexer.core.residency import Residency
 from kvatlas_indexer.core.slots import Place, Slot
 
@@ -129,7 +129,7 @@ class Healing:
         self._residency: Residency = index.residency
         self._on_finding = on_finding
         self._limits = limits or HealingLimits()
-        self._repetitions = Repetitions()
+        self.repetitions = Repetitions()
         self._count = 0  # of requests routed: the clock of everything here that has an order
         self._awaited: OrderedDict[str, _Awaited] = OrderedDict()  # oldest first
         self._keys = 0
@@ -284,7 +284,7 @@ class Healing:
         )
         if (cause := cause_of(compared)) is not None:
             self.differences[cause] += 1
-        if (finding := self._repetitions.add(compared)) is not None:
+        if (finding := self.repetitions.add(compared)) is not None:
             self._on_finding(engine.id, finding)
         if awaited.keys is None or marks != awaited.marks or not _may_be_wrong_for_good(engine):
             return False

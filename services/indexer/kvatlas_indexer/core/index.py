@@ -17,16 +17,16 @@ from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.events.decode import decode_batch, decode_seq, decode_topic
 from kvatlas_common.events.types import EventBatch, MalformedBatch, RejectedEvent, Rejection
+from kvatlas_common.findings import Finding
 from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health
 from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
 from kvatlas_common.words import EngineId
-from kvatlas_indexer.core.claims import Claims
+from kvatlas_indexer.core.claims import Claims, refused
 from kvatlas_indexer.core.commands import Command, Replay, Rules, StopReplay
 from kvatlas_indexer.core.contracts import UnknownModel
 from kvatlas_indexer.core.durations import Durations
 from kvatlas_indexer.core.effects import CancelReplay, Message, ReplayEnd, RequestReplay
 from kvatlas_indexer.core.engine import Engine, Network
-from kvatlas_indexer.core.expected import Finding
 from kvatlas_indexer.core.known import Known
 from kvatlas_indexer.core.match import Plan
 from kvatlas_indexer.core.naming import Naming
@@ -387,9 +387,9 @@ class KvIndex:
             self._stale.add(engine.id)
         return commands
 
-    def _refuse(self, reason: str, engine: EngineId | None, text: str) -> list[Command]:
+    def _refuse(self, reason: str, engine: EngineId | None, why: str | Finding) -> list[Command]:
         self.refused[reason] += 1
-        self._on_finding(engine, Finding(f"refused-{reason}", text))
+        self._on_finding(engine, why if isinstance(why, Finding) else refused(reason, why))
         return []
 
     def _freshen(self) -> None:

@@ -24,17 +24,19 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
-from kvatlas_common.blocks.discover import RootBlock, discover, explain, refine, reproduces
+from kvatlas_common.blocks.discover import RootBlock, discover, refine, reproduces
 from kvatlas_common.blocks.extras import UnknownExtra, event_extra
 from kvatlas_common.blocks.keys import block_state, key_of, root_state
 from kvatlas_common.blocks.profile import ExtraKeys, HashProfile, recomputed
 from kvatlas_common.events.types import BlockRemoved, BlockStored, Event, MalformedBatch
+from kvatlas_common.findings import Code, Finding
+from kvatlas_common.findings.hashing import Hashing, hash_findings
 from kvatlas_common.fleet import Adapter
 from kvatlas_common.words import Medium
-from kvatlas_indexer.core.expected import Expected, Finding
+from kvatlas_indexer.core.expected import Expected
 from kvatlas_indexer.core.match import GroupRule, Kind
 
-__all__ = ["Expected", "Finding", "Mode", "Naming"]
+__all__ = ["Expected", "Mode", "Naming"]
 
 UNPROVEN_ROOTS_MAX = 8
 """Roots without extra keys that may fail a configured profile before it is given up."""
@@ -86,7 +88,7 @@ class Naming:
         self._roots_failed = 0
         self._suspicion = 0  # roots that may fail a proven profile before it is given up; 0: there is no reason to look
         self._searched: Counter[bool] = Counter()  # full searches done, on roots that are (not) evidence
-        self._told: set[str] = set()  # findings reported in this epoch
+        self._told: set[Code] = set()  # findings reported in this epoch
         self._names: dict[int, _Name] = {}
         self._dropped: OrderedDict[int, bytes] = OrderedDict()
 
@@ -113,7 +115,7 @@ class Naming:
                 if self.mode is Mode.RECOMPUTE:
                     self._name(event)
             except (MalformedBatch, UnknownExtra) as unusable:
-                findings.append(Finding("unusable-event", str(unusable)))
+                findings.append(Finding(Code.UNUSABLE_EVENT, str(unusable)))
         return findings, renamed
 
     def _wants(self, event: BlockStored) -> bool:
@@ -190,8 +192,7 @@ class Naming:
             return []
         if not (says_extra_keys and _is_evidence(root)):
             return []
-        text = "its hashes of prompts with a salt, an adapter or media cannot be reproduced: lookups do not find them"
-        return self._once(Finding("extra-keys-not-reproducible", text))
+        return self._once([Finding(Code.EXTRA_KEYS_NOT_REPRODUCIBLE, _EXTRAS_LOST, _EXTRAS_CAUSE, _EXTRAS_CHANGE)])
 
     def _unproven(self, root: RootBlock, says_extra_keys: bool) -> list[Finding]:
         if not _is_evidence(root):
@@ -205,26 +206,17 @@ class Naming:
         self._recompute(len(root.tokens), blind=not says_extra_keys)
         if waiting:
             return []
-        return self._once(
-            Finding("hashes-not-reproducible", explain(configured[0], None) if configured else _UNKNOWABLE)
-        )
+        does = Hashing(block_size=len(root.tokens))
+        return self._once(hash_findings(does, configured=self._expected.hashing, reproducible=False))
 
     def _compare(self, found: HashProfile) -> list[Finding]:
         """Is what the engine does what the configuration says? What it leaves open cannot be wrong."""
-        expected = self._expected
-        configured = HashProfile(
-            expected.algorithm or found.algorithm,
-            found.seed if expected.seed is None else expected.seed,
-            expected.block_size or found.block_size,
-            found.extra_keys,
-        )
-        return [] if configured == found else [Finding("profile-differs", explain(configured, found))]
+        return hash_findings(Hashing.of(found), configured=self._expected.hashing)
 
-    def _once(self, finding: Finding) -> list[Finding]:
-        if finding.code in self._told:
-            return []
-        self._told.add(finding.code)
-        return [finding]
+    def _once(self, findings: Sequence[Finding]) -> list[Finding]:
+        new = [finding for finding in findings if finding.code not in self._told]
+        self._told.update(finding.code for finding in new)
+        return new
 
     # -- while it is applied -------------------------------------------------------------------------------------------
 
@@ -346,10 +338,9 @@ class Naming:
         return [(key, own) for key, own in held if shared[key] == 1]
 
 
-_UNKNOWABLE = (
-    "its block hashes cannot be reproduced (most likely PYTHONHASHSEED is not set on the engine, so that its seed is "
-    "random): keys are recomputed from token ids; set PYTHONHASHSEED on all engines and hashSeed to the same"
-)
+_EXTRAS_LOST = "its hashes of prompts with a salt, an adapter or media cannot be reproduced: lookups do not find them"
+_EXTRAS_CAUSE = "a version of vLLM that puts something into its hashes that is not known here"
+_EXTRAS_CHANGE = "run the indexer with --recompute-keys; plain prompts are found as they are"
 
 
 def _adapted(root: RootBlock) -> bool:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,14 +13,22 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from kvatlas_common.findings import Found
 from kvatlas_router.adapters.decide import Asked, Decider, Decision, Lookup, UnknownModel
+from kvatlas_router.adapters.findings import CHECKED
 from kvatlas_router.adapters.http import ROUTES
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.body import Body, InvalidBody
 from kvatlas_router.core.choice import NoEngine, Term
 
 
-def build_admin(decider: Decider, metrics: Metrics, session_header: str, body_bytes_max: int) -> FastAPI:
+def build_admin(
+    decider: Decider,
+    metrics: Metrics,
+    session_header: str,
+    body_bytes_max: int,
+    findings: Callable[[], Sequence[Found]],
+) -> FastAPI:
     app = FastAPI(title="KV Atlas router", docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.get("/healthz")
@@ -30,6 +38,11 @@ def build_admin(decider: Decider, metrics: Metrics, session_header: str, body_by
     @app.get("/metrics")
     async def figures() -> Response:
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/debug/findings")
+    async def current_findings() -> dict[str, Any]:
+        """What is wrong now, the worst first, with the cause and the change to make."""
+        return {"findings": [found.as_json() for found in findings()], "checked": list(CHECKED)}
 
     @app.post("/debug/route")
     async def debug_route(request: Request, path: str | None = None) -> Response:

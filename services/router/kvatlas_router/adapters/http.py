@@ -37,6 +37,7 @@ from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.admission import Place
 from kvatlas_router.core.body import Body, InvalidBody
 from kvatlas_router.core.choice import NoEngine
+from kvatlas_router.core.fail_opens import FailOpens
 from kvatlas_router.core.homes import ResponseHomes
 from kvatlas_router.core.plans import Labels
 
@@ -110,6 +111,7 @@ class PublicApi:
         forwarder: Forwards,
         homes: ResponseHomes,
         metrics: Metrics,
+        fail_opens: FailOpens,
         observe: Callable[[Observation], None],
         new_id: Callable[[], str],
         started_at: float,
@@ -121,6 +123,7 @@ class PublicApi:
         self._forwarder = forwarder
         self._homes = homes
         self._metrics = metrics
+        self._fail_opens = fail_opens
         self._observe = observe
         self._new_id = new_id
         self._started_at = int(started_at)
@@ -255,6 +258,8 @@ class PublicApi:
             raise HttpError(503, "no_engine", str(error)[:300], _retry_after(NO_ENGINE_RETRY_S)) from None
         reason = decision.choice.reason
         self._metrics.chosen(reason.strategy, reason.cause)
+        if asked.lookup is Lookup.PROMPT:
+            self._fail_opens.decided(reason.cause, time.monotonic())
         for stage, seconds in decision.learnt.stages.items():
             self._metrics.stages.labels(stage).observe(seconds)
         return decision

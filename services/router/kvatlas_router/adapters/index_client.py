@@ -117,6 +117,7 @@ class Shard:
         self.address = address
         self.circuit = Circuit()
         self.fleet: Fleet | None = None  # None: its stream is down
+        self.why_down = "no answer yet"
         self._router = router
         self._changed = changed
         self._dropped = dropped
@@ -211,6 +212,7 @@ class Shard:
                 why = f"it sent what does not parse: {error}"[:300]
             except Exception as error:  # a defect here or in grpc must not end the watching for good
                 why = f"{error!r}"[:300]
+            self.why_down = why
             if pause == shortest:
                 log.warning("indexer lost", extra={"indexer": self.address, "stream": what, "why": why})
             pause = min(pause * 2, longest)
@@ -240,6 +242,7 @@ class IndexClient:
         self.on_load: Callable[[EngineId, Load], None] | None = None
         self._loads = MergedLoads(self._load_told)
         self._open_requests = OpenRequests()
+        self._unresolved: dict[str, str] = {}
         self._turn = 0
         self._changed = asyncio.Event()
         self._resolving: asyncio.Task[None] | None = None
@@ -257,6 +260,11 @@ class IndexClient:
     def available(self) -> bool:
         """Whether any shard's stream is up."""
         return any(s.fleet is not None for s in self._shards.values())
+
+    def lost(self) -> dict[str, str]:
+        """Why a shard's stream is down, or a target's name does not resolve."""
+        down = {s.address: s.why_down for s in self._shards.values() if s.fleet is None}
+        return down | self._unresolved
 
     def fleets(self) -> list[Fleet]:
         """What each shard whose stream is up says of the fleet."""
@@ -349,6 +357,7 @@ class IndexClient:
 
     async def _resolve(self) -> None:
         found: dict[str, None] = {}
+        self._unresolved = {}
         for target in self._targets:
             try:
                 found |= dict.fromkeys(await _addresses(target))
@@ -356,6 +365,7 @@ class IndexClient:
                 # A name server that is down says nothing about the indexers: those known by now are kept.
                 log.warning("indexer name does not resolve", extra={"indexer": target, "error": str(error)})
                 found |= dict.fromkeys(self._shards)
+                self._unresolved[target] = f"its name does not resolve: {error}"
         addresses = list(found)[:SHARDS_MAX]
         gone = [self._shards.pop(a) for a in self._shards.keys() - set(addresses)]
         for address in addresses:

@@ -42,6 +42,11 @@ class LocalModel:
         self._load_after = 0.0
         self._checking: asyncio.Task[None] | None = None
 
+    @property
+    def failed(self) -> bool:
+        """Whether its files were looked for in vain."""
+        return self.pipeline is None and self._loading is None and self._load_after > 0
+
     async def loaded(self) -> PromptPipeline | None:
         """Waits for a load under way; starts one when none was tried, or the last failed a while ago."""
         if self.pipeline is None and self._loading is None and time.monotonic() >= self._load_after:

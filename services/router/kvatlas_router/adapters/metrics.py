@@ -57,6 +57,7 @@ class Metrics:
         self.lookups = counter("lookups", "index lookups by result", ("result",))
         self.shards_up = gauge("indexers_up", "indexer shards whose fleet stream is up")
         self.observations_dropped = counter("observations_dropped", "observations dropped because a shard is slow")
+        self.findings = gauge("findings", "what something is wrong with now, by what is wrong", ("code",))
         self.engines = gauge("engines", "engines of the fleet, by health", ("health",))
 
     def count_engines(self, fleet: Fleet) -> None:

@@ -17,6 +17,7 @@ from kvatlas_common.blocks.extras import PromptExtras
 from kvatlas_common.blocks.keys import Keys, prompt_keys
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.engines.asking import open_session
+from kvatlas_common.findings import Finding
 from kvatlas_common.fleet import EngineView, Fleet, Health
 from kvatlas_common.prompts import (
     PromptError,
@@ -84,6 +85,14 @@ class Tokenizers:
     def checked(self, address: str) -> bool:
         """Whether local tokens have been compared with those of the engine at this address."""
         return self._parity is not None and self._parity.checked(address)
+
+    def findings(self) -> dict[str, Finding]:
+        """By engine address."""
+        return self._parity.findings() if self._parity is not None else {}
+
+    def untokenised(self) -> dict[str, str]:
+        """Why the files of a model cannot be used, by model."""
+        return {names[0]: local.failure for names, local in self._models.items() if names and local.failed}
 
     def local(self, view: EngineView, model: str) -> LocalModel:
         """Where prompts for `model` at this engine are tokenised here. The oldest go when there are too many."""

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -18,11 +19,12 @@ import aiohttp
 from pydantic import SecretStr
 
 from kvatlas_common.engines.asking import AskFailed, tokenize
+from kvatlas_common.findings import Code, Finding
 from kvatlas_common.fleet import EngineView, Fleet, Health
 from kvatlas_common.prompts import PromptError, PromptPipeline, Unrenderable, understand
 from kvatlas_router.adapters import background
 from kvatlas_router.adapters.metrics import Metrics
-from kvatlas_router.core.parity import SAMPLES, difference
+from kvatlas_router.core.parity import SAMPLES, difference, judge
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Models(Protocol):
     def local(self, view: EngineView, model: str) -> Local: ...
 
 
-class _Unchecked(Exception):
+class Unchecked(Exception):
     """The engine could not be asked; the message says why."""
 
 
@@ -65,7 +67,8 @@ class Parity:
         self._ready: dict[str, EngineView] = {}
         self._due: dict[str, float] = {}
         self._compared: set[str] = set()
-        self._disagreements: dict[str, str] = {}
+        self._disagreements: dict[str, Finding] = {}
+        self._unchecked: dict[str, Finding] = {}
         self._news = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -77,9 +80,13 @@ class Parity:
         if self._task is not None:
             await background.stop(self._task)
 
-    def disagrees(self, view: EngineView) -> str | None:
-        """What differs between its tokens and ours, as last seen."""
-        return self._disagreements.get(view.id.address)
+    def disagrees(self, view: EngineView) -> bool:
+        """Whether its tokens and ours differed, as last seen."""
+        return view.id.address in self._disagreements
+
+    def findings(self) -> dict[str, Finding]:
+        """By address: whose tokens differ from ours, or could not be compared."""
+        return self._unchecked | self._disagreements
 
     def checked(self, address: str) -> bool:
         """Whether the engine's answers could be compared, with whatever result."""
@@ -92,6 +99,7 @@ class Parity:
         self._ready = ready
         self._due = {a: due for a, due in self._due.items() if a in ready}
         self._compared &= ready.keys()
+        self._unchecked = {a: why for a, why in self._unchecked.items() if a in ready}
         known = {e.address for e in fleet.engines}
         self._disagreements = {a: why for a, why in self._disagreements.items() if a in known}
 
@@ -114,14 +122,17 @@ class Parity:
         pause = RETRY_S
         try:
             if await local.loaded() is not None:
-                self._learn(view, model, await self._compare(local, view, model))
+                self._learn(view, model, judge(model, view.root, await self._compare(local, view, model)))
                 pause = self._recheck_s
-        except _Unchecked as error:
-            log.info("engine's tokens not checked", extra={"engine": address, "why": str(error)})
+        except Unchecked as error:
+            if address not in self._unchecked:
+                log.info("engine's tokens not checked", extra={"engine": address, "why": str(error)})
+            self._unchecked[address] = _unchecked(str(error))
         self._due[address] = time.monotonic() + pause
 
-    def _learn(self, view: EngineView, model: str, differs: str | None) -> None:
+    def _learn(self, view: EngineView, model: str, differs: Finding | None) -> None:
         address = view.id.address
+        self._unchecked.pop(address, None)
         self._compared.add(address)
         before = self._disagreements.pop(address, None)
         if differs is None:
@@ -130,37 +141,51 @@ class Parity:
             return
         self._disagreements[address] = differs
         self._metrics.parity.labels(model).inc()
-        if differs != before:
-            cure = "--model-files must name the files the engine serves, with the chat template it was started with"
-            fields = {"engine": address, "model": model, "root": view.root, "differs": differs, "cure": cure}
-            log.warning("local tokens differ from the engine's, it tokenises from now on", extra=fields)
 
-    async def _compare(self, local: Local, view: EngineView, model: str) -> str | None:
+    async def _compare(self, local: Local, view: EngineView, model: str) -> list[str | None]:
+        """The difference of each sample."""
+        found: list[str | None] = []
         for number, sample in enumerate(SAMPLES, 1):
             body = {"model": model, **sample}
-            ours = await local.run(lambda body=body: _ours(local, body), 0)  # type: ignore[misc]
-            if differs := difference(number, ours, await self._theirs(view, body)):
-                return differs
-        return None
-
-    async def _theirs(self, view: EngineView, body: Mapping[str, Any]) -> list[int] | None:
-        try:
-            return list(await tokenize(self._session, view.url, body, api_key=self._api_key(view)))
-        except AskFailed as error:
-            if error.status in _REFUSALS:
-                return None
-            raise _Unchecked(str(error)) from None
+            ours = await local.run(partial(_tokens_of, local, body), 0)
+            theirs = await tokens_there(self._session, view.url, body, self._api_key(view))
+            found.append(difference(number, ours, theirs))
+        return found
 
 
-def _ours(local: Local, body: Mapping[str, Any]) -> list[int] | None:
-    """None where the template refuses, as the engine should then too."""
+def _unchecked(why: str) -> Finding:
+    wrong = f"the tokens made here for its prompts cannot be held against its own: {why}"
+    change = "let it serve /tokenize (vLLM does), or see to the API key named with api-key-env"
+    return Finding(Code.TOKENS_UNCHECKED, wrong, "it serves no /tokenize", change)
+
+
+def _tokens_of(local: Local, body: Mapping[str, Any]) -> list[int] | None:
+    if local.pipeline is None:
+        raise Unchecked("its files are not loaded any more")
+    return tokens_here(local.pipeline, body)
+
+
+def tokens_here(pipeline: PromptPipeline, body: Mapping[str, Any]) -> list[int] | None:
+    """Of a sample; None where the template refuses, as the engine should then too. Raises `Unchecked`."""
     request = understand("/tokenize", body)
-    if isinstance(request, Unrenderable) or local.pipeline is None:
-        raise _Unchecked("a sample is not understood here")
+    if isinstance(request, Unrenderable):
+        raise Unchecked("a sample is not understood here")
     try:
-        found: list[int] = local.pipeline.tokenize(request).token_ids.tolist()
+        found: list[int] = pipeline.tokenize(request).token_ids.tolist()
     except PromptError:
         return None
     except Exception as defect:  # templates can raise anything; it may quote the sample, which is no secret
-        raise _Unchecked(f"a sample cannot be tokenised here: {defect!r}"[:200]) from None
+        raise Unchecked(f"a sample cannot be tokenised here: {defect!r}"[:200]) from None
     return found
+
+
+async def tokens_there(
+    session: aiohttp.ClientSession, url: str, body: Mapping[str, Any], api_key: SecretStr | None
+) -> list[int] | None:
+    """The same by an engine. Raises `Unchecked`."""
+    try:
+        return list(await tokenize(session, url, body, api_key=api_key))
+    except AskFailed as error:
+        if error.status in _REFUSALS:
+            return None
+        raise Unchecked(str(error)) from None

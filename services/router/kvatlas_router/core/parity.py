@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvatlas_common.findings import Code, Finding
+
 _TURNS: list[Mapping[str, Any]] = [
     {"role": "user", "content": "  Name a colour, please. "},
     {"role": "assistant", "content": "Blue."},
@@ -35,3 +37,19 @@ def difference(sample: int, local: Sequence[int] | None, remote: Sequence[int] |
         return None
     at = next((i for i, (a, b) in enumerate(zip(local, remote, strict=False)) if a != b), min(len(local), len(remote)))
     return f"sample {sample}: {len(local)} tokens here, {len(remote)} at the engine, the first difference at {at}"
+
+
+def judge(model: str, root: str | None, differences: Sequence[str | None]) -> Finding | None:
+    """What differs, given the difference of each sample: where plain prompts agree, only the template is another."""
+    first = next((found for found in differences if found is not None), None)
+    if first is None:
+        return None
+    wrong = f"its tokens differ from those made here, so it tokenises all prompts for {model} ({first})"
+    plain = [found for sample, found in zip(SAMPLES, differences, strict=True) if "prompt" in sample]
+    files = f"--model-files {model}=<folder> for the router must name the files it serves ({root or 'not said'})"
+    if any(found is not None for found in plain):
+        cause = "its tokenizer files are not those that are used here"
+        return Finding(Code.TOKENIZER_DIFFERS, wrong, cause, files)
+    cause = "it was started with another chat template (--chat-template, or changed files); plain prompts agree"
+    change = f"start it with the --chat-template of the others and of the model's files; or {files}, with that template"
+    return Finding(Code.TEMPLATE_DIFFERS, wrong, cause, change)

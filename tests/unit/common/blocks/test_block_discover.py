@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvatlas_common.blocks.discover import RootBlock, discover, explain, follows, refine, reproduces
+from kvatlas_common.blocks.discover import RootBlock, discover, follows, refine, reproduces
 from kvatlas_common.blocks.extras import event_extra
 from kvatlas_common.blocks.keys import block_state, key_of, root_state
 from kvatlas_common.blocks.profile import FIXED_SEED, Algorithm, ExtraKeys, HashProfile
@@ -129,41 +129,3 @@ def test_a_block_that_is_no_root_is_checked_from_its_parents_state(algorithm: Al
     assert follows(mine, parent, key, TOKENS, None)
     assert not follows(mine, parent, key, [*TOKENS[:-1], 5], None)
     assert not follows(mine, root_state(mine), key, TOKENS, None)
-
-
-@pytest.mark.parametrize(
-    ("expected", "found", "sentence"),
-    [
-        (
-            "sha256/b64/tagged/seed=7",
-            "sha256/b64/tagged/seed=42",
-            "engine hashes with seed 42, configured hashSeed is 7: set hashSeed: 42",
-        ),
-        (
-            "sha256/b64/tagged/seed=7",
-            "sha256_cbor/b16/tagged/seed=vllm-none-hash",
-            "engine hashes with seed vllm-none-hash (its PYTHONHASHSEED is not set) and block size 16 and algorithm "
-            "sha256_cbor, configured hashSeed is 7 and blockSize is 64 and prefixCachingHashAlgo is sha256: "
-            "set hashSeed: vllm-none-hash and blockSize: 16 and prefixCachingHashAlgo: sha256_cbor",
-        ),
-        (
-            "sha256/b64/tagged/seed=",
-            "sha256/b64/tagged/seed=42\n",
-            "engine hashes with seed '42\\n', configured hashSeed is '': set hashSeed: '42\\n'",
-        ),
-        (
-            "sha256/b64/tagged/seed=7",
-            "sha256/b64/lora-id/seed=7",
-            "engine hashes lora-id extra keys, expected were tagged: nothing to set",
-        ),
-        ("sha256/b64/tagged/seed=7", "sha256/b64/tagged/seed=7", "engine hashes as configured"),
-    ],
-)
-def test_operators_are_told_which_setting_to_change(expected: str, found: str, sentence: str) -> None:
-    assert explain(profile(expected), profile(found)) == sentence
-
-
-def test_operators_are_told_when_hashes_cannot_be_reproduced() -> None:
-    sentence = explain(profile("sha256/b64/tagged/seed=7"), None)
-    for word in ("cannot be reproduced", "PYTHONHASHSEED", "hashSeed", "keys are recomputed"):
-        assert word in sentence

@@ -22,6 +22,7 @@ from kvatlas_common.engines.pages import (
     parse_metrics,
     parse_models,
     parse_tokenized,
+    parse_version,
 )
 from kvatlas_common.fleet import Adapter
 
@@ -42,12 +43,15 @@ def test_a_real_page_of_vllm_032() -> None:
             enable_prefix_caching=True,
             hash_block_size=None,
         ),
+        computed_tokens=13112,
+        finished=60,
+        ranks=1,
     )
     assert parse_metrics(REAL, rank=0) == parse_metrics(REAL)
 
 
 def test_a_rank_that_the_page_does_not_have_is_unknown_not_idle() -> None:
-    assert parse_metrics(REAL, rank=1) == EngineMetrics(process_start_s=1795295284.66)
+    assert parse_metrics(REAL, rank=1) == EngineMetrics(process_start_s=1795295284.66, ranks=1)
 
 
 def test_ranks_are_told_apart_and_added() -> None:
@@ -60,19 +64,21 @@ def test_ranks_are_told_apart_and_added() -> None:
             b'vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.5',
         ]
     )
-    assert parse_metrics(page, 0) == EngineMetrics(3, 0, 0.25)
-    assert parse_metrics(page, 1) == EngineMetrics(4, None, 0.5)
-    assert parse_metrics(page) == EngineMetrics(7, 0, 0.5)
+    assert parse_metrics(page, 0) == EngineMetrics(3, 0, 0.25, ranks=2)
+    assert parse_metrics(page, 1) == EngineMetrics(4, None, 0.5, ranks=2)
+    assert parse_metrics(page) == EngineMetrics(7, 0, 0.5, ranks=2)
 
 
 def test_older_names_and_sglang() -> None:
     old = b"vllm:num_requests_running 1\nvllm:num_requests_waiting 2\nvllm:gpu_cache_usage_perc 0.5\n"
-    assert parse_metrics(old) == EngineMetrics(1, 2, 0.5)
+    assert parse_metrics(old) == EngineMetrics(1, 2, 0.5, ranks=1)
     sglang = (
         b'sglang:num_running_reqs{model_name="m",tp_rank="0"} 5.0\nsglang:num_queue_reqs{model_name="m"} 6.0\n'
         b'sglang:token_usage{model_name="m"} 0.125\nsglang:cache_config_info{page_size="64",num_pages="100"} 1.0\n'
     )
-    assert parse_metrics(sglang) == EngineMetrics(5, 6, 0.125, None, CacheConfig(block_size=64, num_gpu_blocks=100))
+    assert parse_metrics(sglang) == EngineMetrics(
+        5, 6, 0.125, None, CacheConfig(block_size=64, num_gpu_blocks=100), ranks=1
+    )
 
 
 @pytest.mark.parametrize("value", ["NaN", "+Inf", "-1", "1e300", "", "x"])
@@ -172,3 +178,18 @@ def test_a_page_that_is_something_else_is_named(read: object, page: bytes) -> No
 def test_noise_is_malformed_or_models(page: bytes) -> None:
     with suppress(MalformedPage):
         parse_models(page)
+
+
+@pytest.mark.parametrize(
+    ("page", "version"),
+    [
+        (b'{"version": "0.32.0"}', "0.32.0"),
+        (b'{"version": ""}', None),
+        (b'{"version": 3}', None),
+        (b'{"other": "x"}', None),
+        (b"[]", None),
+        (b"not found", None),
+    ],
+)
+def test_versions(page: bytes, version: str | None) -> None:
+    assert parse_version(page) == version

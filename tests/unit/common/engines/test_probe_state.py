@@ -7,7 +7,7 @@ import random
 import pytest
 
 from kvatlas_common.engines.pages import ServedModels
-from kvatlas_common.engines.probe import EngineFacts, ProbePlan, ProbeState
+from kvatlas_common.engines.probe import EngineFacts, ProbePlan, ProbeState, Work
 from kvatlas_common.engines.specs import parse_engine
 from kvatlas_common.fleet import Health, Load
 from kvatlas_common.words import EngineId
@@ -201,3 +201,20 @@ def test_an_error_is_bounded(length: int) -> None:
     probe = state()
     probe.failed("x" * length)
     assert len(facts(probe).error) == min(length, 300)
+
+
+def test_each_life_is_asked_for_its_version_if_anybody_wants_to_know() -> None:
+    assert not state().wants_version()
+    probe = ProbeState(parse_engine("a:1"), ProbePlan(versions=True))
+    assert probe.wants_version()
+    probe.versioned("0.32.0")
+    assert (probe.wants_version(), facts(probe).version) == (False, "0.32.0")
+    good_round(probe, start_s=100)
+    assert probe.wants_version(), "it is another process"
+
+
+def test_what_it_has_computed_is_told_by_rank() -> None:
+    probe = state()
+    figures = b'vllm:prefix_cache_queries_total{engine="0"} 100\nvllm:prefix_cache_hits_total{engine="0"} 36\n'
+    probe.measured(page() + figures, 1000.0)
+    assert probe.works() == {EngineId("a:1"): Work(computed_tokens=64)}

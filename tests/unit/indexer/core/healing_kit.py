@@ -10,12 +10,13 @@ import msgspec
 from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
+from kvatlas_common.findings import Finding
 from kvatlas_common.fleet import Health, Sync
 from kvatlas_common.observations import Finished, Outcome, Routed
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core.healing import Healing, HealingLimits
 from kvatlas_indexer.core.index import Command, KvIndex, Rules
-from kvatlas_indexer.core.naming import Expected, Finding
+from kvatlas_indexer.core.naming import Expected
 from tests.unit.indexer.core.published import SIZE, Publisher, profile
 
 ENGINE = EngineId("10.0.0.1:8000")

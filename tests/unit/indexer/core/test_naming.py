@@ -13,10 +13,11 @@ from kvatlas_common.blocks.extras import Lora, PromptExtras
 from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import FIXED_SEED, Algorithm, ExtraKeys, recomputed
 from kvatlas_common.events.types import BlockStored, Event
+from kvatlas_common.findings import Finding
 from kvatlas_common.fleet import Adapter
 from kvatlas_indexer.core import naming as naming_module
 from kvatlas_indexer.core.match import GroupRule
-from kvatlas_indexer.core.naming import UNPROVEN_ROOTS_MAX, Expected, Finding, Mode, Naming
+from kvatlas_indexer.core.naming import UNPROVEN_ROOTS_MAX, Expected, Mode, Naming
 from tests.unit.indexer.core.published import SIZE, UNKNOWABLE, Publisher, decoded, profile, removal
 
 ADA = Adapter("ada", "/srv/ada", 1)
@@ -97,10 +98,9 @@ def test_a_seed_another_engine_of_the_fleet_has_proven_is_tried() -> None:
 )
 def test_a_wrong_setting_is_named_with_what_to_set(expected: Expected, named: list[str]) -> None:
     naming = Naming(expected)
-    (finding,) = told(naming, Publisher(profile()).event(prompt(1)))
-    assert finding.code == "profile-differs"
-    settings_named = [s for s in ("hashSeed:", "prefixCachingHashAlgo:", "blockSize:") if s in finding.text]
-    assert all(text in finding.text for text in named)
+    text = " ".join(finding.change for finding in told(naming, Publisher(profile()).event(prompt(1))))
+    settings_named = [s for s in ("hashSeed:", "prefixCachingHashAlgo:", "blockSize:") if s in text]
+    assert all(change in text for change in named)
     assert len(settings_named) == len(named)
     assert naming.profile == profile()
 
@@ -183,8 +183,8 @@ def test_hashes_nobody_can_reproduce_are_recomputed_and_that_is_said_once() -> N
     naming, engine = Naming(CONFIGURED), Publisher(profile(seed=UNKNOWABLE))
     event = engine.event(prompt(1))
     (finding,) = told(naming, event)
-    assert finding.code == "hashes-not-reproducible"
-    assert "PYTHONHASHSEED" in finding.text
+    assert finding.code == "seed-differs"
+    assert "PYTHONHASHSEED=42" in finding.change
     assert (naming.mode, naming.profile, naming.blind_to_extras) == (Mode.RECOMPUTE, recomputed(SIZE), False)
     assert list(naming.stored(event)) == recomputed_keys(prompt(1))
     assert told(naming, engine.event(prompt(2))) == []
@@ -274,7 +274,7 @@ def test_with_a_configured_profile_salted_roots_are_waited_out() -> None:
 def test_but_not_for_ever() -> None:
     naming, engine = Naming(CONFIGURED), Publisher(profile(seed=UNKNOWABLE), "bare")
     found = [told(naming, engine.event(prompt(number))) for number in range(UNPROVEN_ROOTS_MAX + 2)]
-    assert [f.code for findings in found for f in findings] == ["hashes-not-reproducible"]
+    assert [f.code for findings in found for f in findings] == ["seed-differs"]
     assert found[UNPROVEN_ROOTS_MAX - 1]
     assert (naming.mode, naming.blind_to_extras) == (Mode.RECOMPUTE, True)
 
@@ -318,8 +318,8 @@ def test_an_engine_may_come_back_with_other_settings() -> None:
     naming.begin_epoch()
     assert (naming.verified, naming.block_size) == (False, None)
     other = profile(Algorithm.SHA256, "43", 2 * SIZE)
-    (finding,) = told(naming, Publisher(other).event(prompt(1, 4)))
-    assert finding.code == "profile-differs"
+    findings = told(naming, Publisher(other).event(prompt(1, 4)))
+    assert [f.code for f in findings] == ["algorithm-differs", "block-size-differs", "seed-differs"]
     assert (naming.profile, naming.verified, naming.block_size) == (other, True, 2 * SIZE)
 
 

@@ -11,10 +11,10 @@ from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import Algorithm, ExtraKeys, HashProfile
 from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
+from kvatlas_common.findings import Finding
 from kvatlas_common.fleet import Health, Sync
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.index import Command, KvIndex, Rules
-from kvatlas_indexer.core.naming import Finding
 from tests.unit.indexer.core.published import SIZE, Publisher, profile
 
 E1, E2 = EngineId("10.0.0.1:8000"), EngineId("10.0.0.2:8000")
