@@ -32,10 +32,10 @@ from kvatlas_indexer.adapters.local_index import LocalIndex
 from kvatlas_indexer.adapters.measured import MeasuredIndex
 from kvatlas_indexer.adapters.metrics import IndexMetrics
 from kvatlas_indexer.adapters.publisher import Publisher
-from kvatlas_indexer.adapters.redis_client import StoreUnavailable, open_redis
+from kvatlas_indexer.adapters.redis_client import open_redis
 from kvatlas_indexer.adapters.redis_leases import RedisLeases
 from kvatlas_indexer.adapters.redis_store import RedisStore
-from kvatlas_indexer.adapters.redis_sweep import RedisSweep
+from kvatlas_indexer.adapters.redis_sweep import RedisSweep, sweep_forever
 from kvatlas_indexer.adapters.replay_client import ReplayClient
 from kvatlas_indexer.adapters.replays import Replays
 from kvatlas_indexer.adapters.reports import Listener
@@ -63,7 +63,6 @@ TICK_S = 0.25
 FLEET_DELAY_S = 0.02  # changes of the fleet are told together
 LOADS_DELAY_S = 0.03  # and those of loads
 SWEEP_PARTS = 8  # parts of the key space swept between two turns of the loop
-STORE_RETRY_S = 1.0
 
 
 SERVICE = "kvatlas-indexer"
@@ -186,7 +185,7 @@ class Indexer:
         publisher.lost = shard.lost
         self._stack.push_async_callback(shard.leave)
         sweep = RedisSweep(client, name, block_ttl_s=settings.block_ttl_s)
-        return [shared.run(), publisher.run(), shard.run(), _sweep_store(sweep, shared)]
+        return [shared.run(), publisher.run(), shard.run(), sweep_forever(sweep, shared.live_slots)]
 
     async def _serve(self) -> None:
         settings = self.settings
@@ -381,15 +380,6 @@ class Indexer:
         while True:
             busy = self.index.residency.sweep(SWEEP_PARTS)
             await asyncio.sleep(0.001 if busy else TICK_S)
-
-
-async def _sweep_store(sweep: RedisSweep, shared: SharedIndex) -> None:
-    while True:
-        try:
-            step = await sweep.step(shared.live_slots())
-            await asyncio.sleep(step.pause_s)
-        except StoreUnavailable:
-            await asyncio.sleep(STORE_RETRY_S)
 
 
 def _split(address: str) -> tuple[str, int]:

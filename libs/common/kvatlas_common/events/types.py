@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias
@@ -128,6 +128,18 @@ class AllBlocksCleared:
 
 
 Event: TypeAlias = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+def between_clears(events: Sequence[Event]) -> Iterator[tuple[bool, list[BlockStored | BlockRemoved]]]:
+    """The runs of events between clears, and whether a clear comes before."""
+    cleared, run = False, list[BlockStored | BlockRemoved]()
+    for event in events:
+        if isinstance(event, AllBlocksCleared):
+            yield cleared, run
+            cleared, run = True, []
+        else:
+            run.append(event)
+    yield cleared, run
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvatlas_indexer.adapters.redis_blocks import RECORDS, Holders, block_keys, mget_command, scan_command
-from kvatlas_indexer.adapters.redis_client import RedisClient, Request, parse_info
+from kvatlas_indexer.adapters.redis_client import RedisClient, Request, StoreUnavailable, parse_info
 from kvatlas_indexer.adapters.redis_packing import Keys, command
 from kvatlas_indexer.adapters.redis_scripts import Script
 from kvatlas_indexer.adapters.redis_writes import TTL_JITTER
@@ -31,6 +31,7 @@ LOCK_MS = 15_000
 REPEATS_MAX = 8
 """How often blocks that changed under the sweep are looked at again before the pass is called incomplete."""
 IDLE_S = 1.0
+STORE_RETRY_S = 1.0
 
 _SWEEP = Script.load("sweep")
 _SWEEPER = Script.load("sweeper")
@@ -209,3 +210,13 @@ def sorted_out(values: list[Any], dead: Numbers, alive: Numbers) -> tuple[list[i
         records = np.frombuffer(old, dtype=RECORDS)
         strip.append((place, old, records[~np.isin(records["number"], dead)].tobytes()))
     return np.setdiff1d(keep, change).tolist(), strip
+
+
+async def sweep_forever(sweep: RedisSweep, live_slots: Callable[[], Collection[int]]) -> None:
+    """`live_slots`: in the records of all engines, as they are at each step."""
+    while True:
+        try:
+            step = await sweep.step(live_slots())
+            await asyncio.sleep(step.pause_s)
+        except StoreUnavailable:
+            await asyncio.sleep(STORE_RETRY_S)

@@ -7,18 +7,17 @@ that need the network (a replay) are returned.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from kvatlas_common.events.types import (
-    AllBlocksCleared,
     BlockRemoved,
     BlockStored,
-    Event,
     EventBatch,
     RejectedEvent,
     Rejection,
+    between_clears,
 )
 from kvatlas_common.findings import Code, Finding
 from kvatlas_common.fleet import Sync
@@ -252,7 +251,7 @@ class Engine:
         self.lag_s = max(0.0, now - batch.ts)
         self._delays.add_between(batch.ts, now)
         self._learn_groups(batch)
-        for cleared, events in _between_clears(batch.events):
+        for cleared, events in between_clears(batch.events):
             if cleared:
                 self._clear(now)
             self._apply_events(events, now)
@@ -394,15 +393,3 @@ _CLEARED_BESIDE = "a clear empties the gpu, and does not say whether the other m
 _TWO_PUBLISHERS = "its messages keep beginning again: two publishers seem to use its name"
 _OWN_TOPIC = 'give each engine a "topic" of its own in --kv-events-config: kv@<its host:port>@<its model>'
 _REPORT = "report it with the engine's version: what its events say is not understood here"
-
-
-def _between_clears(events: Sequence[Event]) -> Iterator[tuple[bool, list[BlockStored | BlockRemoved]]]:
-    """The runs of events between clears, and whether a clear comes before."""
-    cleared, run = False, list[BlockStored | BlockRemoved]()
-    for event in events:
-        if isinstance(event, AllBlocksCleared):
-            yield cleared, run
-            cleared, run = True, []
-        else:
-            run.append(event)
-    yield cleared, run

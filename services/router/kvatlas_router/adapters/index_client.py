@@ -15,7 +15,6 @@ import asyncio
 import logging
 import socket
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -26,13 +25,14 @@ import numpy as np
 
 from kvatlas_common.fleet import Fleet, Load
 from kvatlas_common.matching import MatchAnswer
-from kvatlas_common.observations import Finished, FirstToken, Observation, Routed
+from kvatlas_common.observations import Observation
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as rpc
 from kvatlas_common.wire import engine_load, engine_view, match_answer, match_request, observation_message
 from kvatlas_common.words import EngineId
 from kvatlas_router.adapters import background
 from kvatlas_router.adapters.metrics import Metrics
+from kvatlas_router.adapters.open_requests import OpenRequests
 from kvatlas_router.core.circuit import Circuit
 from kvatlas_router.core.loads import MergedLoads
 
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 HEDGE_AFTER = 0.5  # of the deadline
 OBSERVATIONS_QUEUED_MAX = 4096  # per shard; the newest is dropped and counted when full
-OPEN_MAX = 8192  # requests in flight that a new stream begins with; the oldest are left out
 OWN = "this router"  # among those who tell of loads
 ROUTER_METADATA = "kvatlas-router"
 SHARDS_MAX = 64
@@ -66,35 +65,6 @@ class LookupFailed(Exception):
     def __init__(self, cause: str, text: str = "") -> None:
         super().__init__(text or cause)
         self.cause = cause
-
-
-class OpenRequests:
-    """What was reported of requests that have not ended."""
-
-    def __init__(self) -> None:
-        self._open: OrderedDict[str, list[pb.Observation]] = OrderedDict()
-
-    def keep(self, observation: Observation, message: pb.Observation) -> None:
-        match observation:
-            case Routed():
-                self._open[observation.request_id] = [message]
-                if len(self._open) > OPEN_MAX:
-                    self._open.popitem(last=False)
-            case FirstToken():
-                if (told := self._open.get(observation.request_id)) is not None:
-                    told.append(message)
-            case Finished():
-                self._open.pop(observation.request_id, None)
-
-    def again(self) -> list[pb.Observation]:
-        """As a stream begins with them."""
-        messages: list[pb.Observation] = []
-        for routed, *more in self._open.values():
-            message = pb.Observation()
-            message.CopyFrom(routed)
-            message.routed.again = True
-            messages += [message, *more]
-        return messages
 
 
 class Shard:
