@@ -27,6 +27,9 @@ class Routed:
     """The request was sent to `engine`. `keys`: hash profile name -> the prompt's uint64 block keys, in order.
 
     `again`: it was in flight when the router began to report to this shard, which may have been told before.
+    `to_compute`: prompt tokens the engine is expected to compute, which leaves out what is on its way into its cache;
+    None: all that was not predicted. `silent_s`: when the first token of an answer that does not stream is expected; 0:
+    it streams.
     """
 
     request_id: str
@@ -36,6 +39,8 @@ class Routed:
     predicted_cached_tokens: int
     keys: Mapping[str, Sequence[int]]
     again: bool = False
+    to_compute: int | None = None
+    silent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,9 @@ def observation_message(observation: Observation) -> pb.Observation:
             for profile, keys in observation.keys.items():
                 message.routed.prompts.add(profile=profile, keys=pack_keys(keys))
             message.routed.again = observation.again
+            if observation.to_compute is not None:
+                message.routed.to_compute = observation.to_compute
+            message.routed.silent_s = observation.silent_s
             message.routed.SetInParent()
         case FirstToken():
             message.first_token.ttft_s = observation.ttft_s
@@ -178,7 +181,15 @@ def observation(message: pb.Observation) -> Observation:
         case "routed":
             routed = message.routed
             keys = {p.profile: tuple(unpack_keys(p.keys)) for p in routed.prompts}
-            return Routed(*about, routed.prompt_tokens, routed.predicted_cached_tokens, keys, routed.again)
+            return Routed(
+                *about,
+                routed.prompt_tokens,
+                routed.predicted_cached_tokens,
+                keys,
+                routed.again,
+                routed.to_compute if routed.HasField("to_compute") else None,
+                routed.silent_s,
+            )
         case "first_token":
             return FirstToken(*about, message.first_token.ttft_s)
         case "finished":

@@ -73,6 +73,12 @@ class Decision:
     choice: Choice | None = None
     ask: Ask | None = None
 
+    def to_compute(self, engine: EngineId) -> int | None:
+        """Tokens, as the router's core expects them; None: a baseline has no such thing."""
+        if self.choice is None:
+            return None
+        return next(term.to_compute for term in self.choice.terms if term.engine == engine)
+
     def predicted(self, engine: EngineId) -> int:
         return self.cached_tokens.get(engine, 0)
 

@@ -231,7 +231,9 @@ class Simulation:
         self._books.change(flight.router, engine, Flying(1, flight.uncached, flight.blocks), now)
         if self._reports:
             keys = {PROFILE.name: asked.keys}
-            self._report(flight, Routed(str(flight.index), engine, MODEL, asked.prompt_tokens, cached, keys), now)
+            computed = decision.to_compute(engine)
+            routed = Routed(str(flight.index), engine, MODEL, asked.prompt_tokens, cached, keys, to_compute=computed)
+            self._report(flight, routed, now)
 
     def _started(self, flight: Flight, now: float) -> None:
         """Its router has seen the first token."""

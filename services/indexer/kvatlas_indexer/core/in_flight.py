@@ -3,13 +3,15 @@
 A router begins every stream with the requests it has in flight. So a new stream is a clean slate for its router, and a
 shard that has just started, or missed something, is right again with it. The requests of a router whose streams have
 all ended are kept for a grace, in which it may connect again. A report that is lost leaves a request behind: it is
-given up when it is too old, or when there are too many (the oldest first).
+given up when it is too old, or when there are too many (the oldest first). An answer that does not stream shows its
+first token with its last: such a request counts as decoding when its first token was expected.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from kvatlas_common.fleet import InFlight
 from kvatlas_common.observations import Finished, FirstToken, Observation, Routed
@@ -24,7 +26,7 @@ class InFlightLimits:
     routers_max: int = 1024  # streams of more are listened to, and their requests not counted
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Request:
     engine: EngineId
     tokens: int  # to be computed before its first token
@@ -60,6 +62,8 @@ class InFlightBook:
         self._requests: OrderedDict[tuple[str, str], _Request] = OrderedDict()  # by router and id, the oldest first
         self._sums: dict[EngineId, dict[str, _Sum]] = {}  # by engine and router; no entry is all zero
         self._routers: dict[str, _Router] = {}
+        self._silent: list[tuple[float, int, tuple[str, str], _Request]] = []  # by when they are taken to decode
+        self._count = 0
         self._changed: set[EngineId] = set()
 
     def __len__(self) -> int:
@@ -108,21 +112,28 @@ class InFlightBook:
                 self._end(at)  # it is tried again, maybe on another engine
                 if len(self._requests) >= self._limits.requests_max:
                     self._end(next(iter(self._requests)))
-                tokens = max(observation.prompt_tokens - observation.predicted_cached_tokens, 0)
+                tokens = observation.to_compute
+                if tokens is None:
+                    tokens = max(observation.prompt_tokens - observation.predicted_cached_tokens, 0)
                 request = self._requests[at] = _Request(observation.engine, tokens, now)
                 self._add(router, request, 1)
+                if observation.silent_s:
+                    self._count += 1
+                    heappush(self._silent, (now + observation.silent_s, self._count, at, request))
             case FirstToken():
                 begun = self._requests.get(at)
-                if begun is not None and begun.engine == observation.engine and not begun.decoding:
-                    self._add(router, begun, -1)
-                    begun.decoding = True
-                    self._add(router, begun, 1)
+                if begun is not None and begun.engine == observation.engine:
+                    self._decodes(router, begun)
             case Finished():
                 self._end(at)
 
     def on_tick(self, now: float) -> None:
         """Now and then: what is too old goes, and routers that have not come back."""
         limits = self._limits
+        while self._silent and self._silent[0][0] <= now:
+            *_, at, request = heappop(self._silent)
+            if self._requests.get(at) is request:
+                self._decodes(at[0], request)
         while self._requests:
             oldest = next(iter(self._requests))
             if now - self._requests[oldest].since <= limits.request_age_max_s:
@@ -138,6 +149,12 @@ class InFlightBook:
     def _forget(self, router: str) -> None:
         for at in [at for at in self._requests if at[0] == router]:
             self._end(at)
+
+    def _decodes(self, router: str, request: _Request) -> None:
+        if not request.decoding:
+            self._add(router, request, -1)
+            request.decoding = True
+            self._add(router, request, 1)
 
     def _end(self, at: tuple[str, str]) -> None:
         if (request := self._requests.pop(at, None)) is not None:

@@ -48,10 +48,18 @@ class Exchange:
 
     def sent(self, term: Term) -> None:
         decision, self.sent_at = self.decision, time.perf_counter()
-        if decision.learnt.prompt is not None:
-            tokens, predicted = decision.learnt.prompt.n_tokens, term.cached_tokens or 0
-            keys = {profile: k.tolist() for profile, k in decision.learnt.keys.items()}
-            self.observe(Routed(self.request.id, term.engine, decision.model, tokens, predicted, keys))
+        self.observe(
+            Routed(
+                self.request.id,
+                term.engine,
+                decision.model,
+                decision.ask.prompt_tokens,
+                term.cached_tokens or 0,
+                {profile: k.tolist() for profile, k in decision.learnt.keys.items()},
+                to_compute=term.to_compute,
+                silent_s=0.0 if decision.ask.streams else term.cost.ttft_ms / 1000,
+            )
+        )
 
     def retried(self, why: str) -> None:
         self.metrics.retries.labels(why).inc()
@@ -60,7 +68,7 @@ class Exchange:
         now = time.perf_counter()
         self.ttft_s = now - self.request.arrived
         self.metrics.first_byte.observe(self.ttft_s)
-        if self.decision.learnt.prompt is not None:
+        if self.decision.ask.streams:
             self.observe(FirstToken(self.request.id, term.engine, self.decision.model, now - self.sent_at))
 
     def finished(self) -> None:
@@ -75,7 +83,7 @@ class Exchange:
         predicted = told.term.cached_tokens if told.term else None
         if comparable and predicted is not None and actual is not None:
             metrics.compare(decision.learnt.prompt_tokens or 0, predicted, actual)
-        if told.term is not None and decision.learnt.prompt is not None:
+        if told.term is not None:
             completion = told.usage.completion_tokens or 0
             self.observe(
                 Finished(

@@ -30,7 +30,8 @@ class Occupancy(NamedTuple):
     """
 
     pending: int = 0
-    queued_tokens: int = 0  # prompt tokens still to compute
+    queued_tokens: int = 0  # of the pending prompts, to be computed
+    computed: float = 0.0  # of these, if it is the oldest that is being computed
     decoding: int = 0
     late_s: float = 0.0
     last_used: float = NEVER
@@ -96,14 +97,14 @@ class Books:
         if account.pending:
             self._move_silent(account, now)
         if not account.pending:
-            return Occupancy(0, 0, account.decoding, 0.0, account.last_used)
+            return Occupancy(0, 0, 0.0, account.decoding, 0.0, account.last_used)
         head = next(iter(account.pending))
         late_s = max(now - head.sent_at - head.expected_s, 0.0) if head.expected_s else 0.0
         progress = 0.0
         if token_s > 0 and account.head_since is not None:
             progress = min((now - account.head_since) / token_s, head.tokens * PROGRESS_MAX)
-        queued = account.queued_tokens - int(progress)
-        return Occupancy(len(account.pending), queued, account.decoding, late_s, account.last_used)
+        queued = account.queued_tokens
+        return Occupancy(len(account.pending), queued, progress, account.decoding, late_s, account.last_used)
 
     def keep_only(self, engines: Collection[EngineId]) -> None:
         """Forget engines that left, unless requests are still in flight there."""

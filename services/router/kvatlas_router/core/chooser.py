@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from kvatlas_common.fleet import EngineView, Load
+from kvatlas_common.fleet import EngineView, InFlight, Load
 from kvatlas_common.history import ESTIMATE_PROFILE, RoutingHistory
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.words import EngineId
 from kvatlas_router.core.ask import Ask
-from kvatlas_router.core.books import Books, Ticket
+from kvatlas_router.core.books import Books, Occupancy, Ticket
 from kvatlas_router.core.choice import Candidate, Choice, EngineState, Term
 from kvatlas_router.core.cost import WEIGHTS, Ahead, Quote, Weights, crowding
 from kvatlas_router.core.foreign import ForeignTraffic
@@ -160,7 +160,7 @@ class Chooser:
         pending, decoding = ours.pending + others.prefilling, ours.decoding + others.decoding
         foreign = self._foreign.at(view.id, load, pending + decoding)
         ahead = Ahead(
-            ours.queued_tokens + others.prefill_tokens + int(foreign.waiting * self._prompt_tokens),
+            _still_to_compute(ours, others) + int(foreign.waiting * self._prompt_tokens),
             pending + foreign.waiting,
             decoding + foreign.running,
             ours.late_s,
@@ -181,6 +181,18 @@ class Chooser:
         for keys in ask.keys.values():
             found.update(self._lately.leading(keys.tolist(), now))
         return found
+
+
+def _still_to_compute(ours: Occupancy, others: InFlight) -> int:
+    """Prompt tokens. One prompt is being computed: ours or theirs, as likely as there are of each. How far ours has got
+    the books know; theirs, half on average.
+    """
+    if not others.prefilling:
+        return ours.queued_tokens - int(ours.computed)
+    theirs = others.prefill_tokens / others.prefilling / 2
+    pending = ours.pending + others.prefilling
+    computed = (ours.computed * ours.pending + theirs * others.prefilling) / pending
+    return max(ours.queued_tokens + others.prefill_tokens - int(computed), 0)
 
 
 def _profile(view: EngineView, ask: Ask) -> str:

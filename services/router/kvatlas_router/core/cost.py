@@ -38,7 +38,7 @@ class Weights:
 
     decoder: float = 0.02
     squeeze_s: float = 0.02
-    space: float = 0.3
+    space: float = 2.0
     crowd: float = 0.02
 
 
@@ -124,7 +124,7 @@ class Quote:
         """`cost(...).total_ms`, in half the time."""
         wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
         moved_s = self._moved_s(transferred) if transferred else 0.0
-        voided_s = voided * self._speed.token_s
+        voided_s = voided * self._speed.token_s * (1 + self._own_others)
         return 1000 * (self._flat_s + self._slope_s * to_compute + moved_s + wait_s + squeeze_s + voided_s)
 
     def cost(self, to_compute: int, transferred: Transferred = (), voided: float = 0.0) -> Cost:
@@ -134,12 +134,13 @@ class Quote:
         """
         wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
         own_s = to_compute * self._speed.token_s
+        voided_s = voided * self._speed.token_s * (1 + self._own_others)
         return Cost(
             queue_ms=1000 * (self._queue_s + wait_s),
             compute_ms=1000 * (own_s + self._speed.overhead_s),
             transfer_ms=1000 * self._moved_s(transferred),
             decode_ms=1000 * self._step_s * (0.5 + to_compute / CHUNK_TOKENS),
-            others_ms=1000 * (self._crowd_s + self._own_others * own_s + squeeze_s + voided * self._speed.token_s),
+            others_ms=1000 * (self._crowd_s + self._own_others * own_s + squeeze_s + voided_s),
         )
 
     def _room(self, to_compute: int) -> tuple[float, float]:

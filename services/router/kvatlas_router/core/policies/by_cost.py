@@ -1,7 +1,7 @@
 """The engine on which the request costs least, see `cost.py`: by what each holds (`Precise`), or by what was sent to
 each (`Estimate`).
 
-Costs that differ by less than a millisecond are alike, and go to the engine least recently used. With a temperature,
+Costs that differ by less than a tenth or a millisecond are alike, and go to the engine least recently used. With a temperature,
 engines are chosen with a probability that falls by e for every so many milliseconds of cost: exploration, for fleets
 whose speeds change.
 """
@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 from kvatlas_router.core.choice import Choice, Strategy
 from kvatlas_router.core.policies.base import Needs, Situation
+
+ALIKE = 0.1
+"""Costs that differ by no more than this share of the least are alike: no more is known of engines than that, and
+routers that all took the very least would meet there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,8 @@ def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) ->
         for c in situation.candidates
     ]
     if temperature_ms <= 0:
-        return situation.ordered(strategy, map(round, costs))
+        step = max(min(costs, default=0.0) * ALIKE, 1.0)
+        return situation.ordered(strategy, [round(cost / step) for cost in costs])
     # The Gumbel trick: the smallest of costs so shifted is a draw from their softmax.
     return situation.ordered(strategy, [cost + temperature_ms * _gumbel(situation.chance()) for cost in costs])
 

@@ -154,16 +154,20 @@ class FleetUpdate(_message.Message):
     def __init__(self, snapshot: _Optional[bool] = ..., engines: _Optional[_Iterable[_Union[Engine, _Mapping]]] = ..., removed: _Optional[_Iterable[str]] = ..., loads: _Optional[_Iterable[_Union[EngineLoad, _Mapping]]] = ...) -> None: ...
 
 class Routed(_message.Message):
-    __slots__ = ("prompt_tokens", "predicted_cached_tokens", "prompts", "again")
+    __slots__ = ("prompt_tokens", "predicted_cached_tokens", "prompts", "again", "to_compute", "silent_s")
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREDICTED_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
+    TO_COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    SILENT_S_FIELD_NUMBER: _ClassVar[int]
     prompt_tokens: int
     predicted_cached_tokens: int
     prompts: _containers.RepeatedCompositeFieldContainer[PromptKeys]
     again: bool
-    def __init__(self, prompt_tokens: _Optional[int] = ..., predicted_cached_tokens: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[PromptKeys, _Mapping]]] = ..., again: _Optional[bool] = ...) -> None: ...
+    to_compute: int
+    silent_s: float
+    def __init__(self, prompt_tokens: _Optional[int] = ..., predicted_cached_tokens: _Optional[int] = ..., prompts: _Optional[_Iterable[_Union[PromptKeys, _Mapping]]] = ..., again: _Optional[bool] = ..., to_compute: _Optional[int] = ..., silent_s: _Optional[float] = ...) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("ttft_s",)
