@@ -14,6 +14,7 @@ from typing import Self
 
 import zmq
 from aiohttp import web
+from opentelemetry.trace import Tracer
 
 from kvatlas_common.blocks.profile import Algorithm, ExtraKeys, HashProfile
 from kvatlas_common.fleet import Adapter
@@ -26,6 +27,7 @@ from kvatlas_loadtest.rank import EngineRank
 from kvatlas_loadtest.scheduler import EngineCore, EngineLimits
 from kvatlas_loadtest.server import EngineApi, Serving, roomy_request
 from kvatlas_loadtest.time_model import TimeModel
+from kvatlas_loadtest.traced import traced
 from kvatlas_loadtest.vocabulary import Vocabulary
 
 TINY_MODEL = Path(__file__).parent / "models" / "tiny"
@@ -104,6 +106,7 @@ class SimulatedEngine:
     prompter: Prompter | None = None
     vocabulary: Vocabulary | None = None
     clock: Callable[[], float] = time.time
+    tracer: Tracer | None = None
     address: str = field(default="", init=False)  # host:port, once started
     events_endpoint: str | None = field(
         default=None, init=False
@@ -156,7 +159,8 @@ class SimulatedEngine:
             self.prompter = Prompter.load(self.config.model_path)
         ranks: list[EngineRank] = []
         api = self._api(ranks, self.prompter, self.vocabulary)
-        server = web.Server(api.handle, request_factory=roomy_request, handler_cancellation=True, access_log=None)
+        handler = traced(api.handle, self.tracer) if self.tracer else api.handle
+        server = web.Server(handler, request_factory=roomy_request, handler_cancellation=True, access_log=None)
         runner = web.ServerRunner(server, shutdown_timeout=5.0)
         await runner.setup()
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()

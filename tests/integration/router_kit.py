@@ -16,7 +16,8 @@ from yarl import URL
 
 from kvatlas_common.fleet import Fleet, Health
 from kvatlas_common.settings import load
-from kvatlas_router.app import Router, build
+from kvatlas_common.tracing import Tracing
+from kvatlas_router.app import Router
 from kvatlas_router.settings import RouterSettings
 
 DEADLINE_S = 10.0
@@ -195,11 +196,13 @@ class Running:
 
 
 @asynccontextmanager
-async def running(*argv: str, ready: int = 0, environ: Mapping[str, str] | None = None) -> AsyncIterator[Running]:
+async def running(
+    *argv: str, ready: int = 0, environ: Mapping[str, str] | None = None, tracing: Tracing | None = None
+) -> AsyncIterator[Running]:
     """A router on free ports; entered when `ready` engines are."""
     ports = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0")
     settings = load(RouterSettings, (*ports, *argv), environ or {}, prog="kvatlas router")
-    router = build(settings, {})
+    router = Router(settings, {}, tracing)
     await router.start()
     try:
         session = aiohttp.ClientSession(auto_decompress=False, timeout=aiohttp.ClientTimeout(total=30))
@@ -213,14 +216,19 @@ async def running(*argv: str, ready: int = 0, environ: Mapping[str, str] | None 
 
 @asynccontextmanager
 async def routed(
-    *served: ScriptedEngine, flags: tuple[str, ...] = NO_INDEXER, environ: Mapping[str, str] | None = None
+    *served: ScriptedEngine,
+    flags: tuple[str, ...] = NO_INDEXER,
+    environ: Mapping[str, str] | None = None,
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[Running]:
     """A router before engines that are listed, started here, and ready."""
     async with AsyncExitStack() as stack:
         for engine in served:
             await stack.enter_async_context(engine)
         listed = [flag for e in served for flag in ("--engine", e.address)]
-        yield await stack.enter_async_context(running(*listed, *flags, ready=len(served), environ=environ))
+        yield await stack.enter_async_context(
+            running(*listed, *flags, ready=len(served), environ=environ, tracing=tracing)
+        )
 
 
 async def eventually(holds: Callable[[], bool], what: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from kvatlas_indexer.adapters.metrics import COUNTED, counted_as
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.publisher import ReplayFault
 from kvatlas_loadtest.scheduler import EngineLimits
@@ -54,7 +55,9 @@ class Watched:
         return str((await self.index.engine(self.engine.address))["inexact_reason"])
 
     async def counted(self, outcome: str) -> float:
-        return await self.index.metric("events_total", engine=self.engine.address, outcome=outcome)
+        family, labels = counted_as(outcome)
+        named = dict(zip(COUNTED[family][1], labels, strict=True))
+        return await self.index.metric(f"{family}_total", engine=self.engine.address, **named)
 
     async def held(self) -> dict[int, int]:
         """What the index holds of what the engine holds."""

@@ -126,8 +126,8 @@ def _more(deployment: Deployment) -> dict[str, float]:
         "lookups within the default 20 ms": deployment.router_metric(
             "decision_seconds_bucket", stage="match", le="0.02"
         ),
-        "blocks stored": deployment.indexer_metric("events_total", outcome="stored"),
-        "blocks evicted": deployment.indexer_metric("events_total", outcome="removed"),
+        "blocks stored": deployment.indexer_metric("block_changes_total", change="stored"),
+        "blocks evicted": deployment.indexer_metric("block_changes_total", change="removed"),
     }
 
 

@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass
 
 from kvatlas_common.engines.specs import EngineSpec
+from kvatlas_common.tracing import open_tracing
+from kvatlas_indexer import app as indexer_app
 from kvatlas_indexer.app import Indexer
 from kvatlas_indexer.settings import IndexerSettings
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
-from kvatlas_router.app import Router
+from kvatlas_router.app import Router, build
 from kvatlas_router.settings import RouterSettings
 
 CONDITION_POLL_S = 0.02
@@ -56,7 +58,9 @@ async def serving(
         EngineSpec(engine.address, engine.url, engine.events_endpoint, engine.replay_endpoint) for engine in engines
     )
     indexer = Indexer(
-        indexer_settings.model_copy(update={"engines": indexer_settings.engines + added}), environ=environ
+        indexer_settings.model_copy(update={"engines": indexer_settings.engines + added}),
+        environ=environ,
+        tracing=open_tracing(environ, indexer_app.SERVICE),
     )
     async with contextlib.AsyncExitStack() as stack:
         await indexer.start()
@@ -64,7 +68,7 @@ async def serving(
         asked = router_settings.model_copy(
             update={"engines": router_settings.engines + added, "indexers": (reachable(indexer.grpc_address),)}
         )
-        router = Router(asked, environ)
+        router = build(asked, environ)
         await router.start()
         stack.push_async_callback(router.stop, router_settings.drain_delay_s)
         yield LocalStack(tuple(engines), indexer, router)

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import uvloop
 
 from kvatlas_common.logs import setup_logs
+from kvatlas_common.tracing import open_tracing
 from kvatlas_indexer.adapters.addresses import AddressUnavailable
-from kvatlas_indexer.app import Indexer
+from kvatlas_indexer.app import SERVICE, Indexer
 from kvatlas_indexer.settings import IndexerSettings
 
 
@@ -21,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
     setup_logs(sys.stderr, settings.log_level, settings.log_format)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(Indexer(settings, environ=os.environ).run())
+            indexer = Indexer(settings, environ=os.environ, tracing=open_tracing(os.environ, SERVICE))
+            runner.run(indexer.run())
     except AddressUnavailable as error:
         print(f"kvatlas indexer: {error}", file=sys.stderr)
         return 1

@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from kvatlas_common.blocks.profile import Algorithm
 from kvatlas_common.engines.asking import open_session
@@ -22,12 +22,14 @@ from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.findings import Code, Finding
 from kvatlas_common.fleet import Fleet, Load
 from kvatlas_common.lasting import keep_what_is_built
+from kvatlas_common.tracing import Tracing, trace_logs
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.adapters.findings import Watch
 from kvatlas_indexer.adapters.front import Front
 from kvatlas_indexer.adapters.grpc_server import GrpcServer
 from kvatlas_indexer.adapters.http_server import serve
 from kvatlas_indexer.adapters.local_index import LocalIndex
+from kvatlas_indexer.adapters.measured import MeasuredIndex
 from kvatlas_indexer.adapters.metrics import IndexMetrics
 from kvatlas_indexer.adapters.publisher import Publisher
 from kvatlas_indexer.adapters.redis_client import StoreUnavailable, open_redis
@@ -40,10 +42,12 @@ from kvatlas_indexer.adapters.reports import Listener
 from kvatlas_indexer.adapters.rest import build_app
 from kvatlas_indexer.adapters.shard import Hands, Shard
 from kvatlas_indexer.adapters.shared_index import SharedIndex
+from kvatlas_indexer.adapters.traced import TracedCalls, TracedLookups, TracedStore
 from kvatlas_indexer.adapters.zmq_sockets import new_context
 from kvatlas_indexer.adapters.zmq_source import Origin, ZmqSource, ZmqSourceOptions
 from kvatlas_indexer.core import advice
 from kvatlas_indexer.core.accuracy import Accuracy
+from kvatlas_indexer.core.durations import Durations
 from kvatlas_indexer.core.engine import Bounds
 from kvatlas_indexer.core.healing import Healing
 from kvatlas_indexer.core.index import Command, KvIndex, Rules
@@ -62,11 +66,17 @@ SWEEP_PARTS = 8  # parts of the key space swept between two turns of the loop
 STORE_RETRY_S = 1.0
 
 
+SERVICE = "kvatlas-indexer"
+
+
 class Indexer:
     """One shard. `start` binds everything or raises `AddressUnavailable`; `stop` drains and closes."""
 
-    def __init__(self, settings: IndexerSettings, *, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, settings: IndexerSettings, *, environ: Mapping[str, str], tracing: Tracing | None = None
+    ) -> None:
         self.settings = settings
+        self._tracing = tracing
         self.routing = Routing(estimate_ttl_s=settings.estimate_ttl_s)
         self.board = LoadBoard(self.routing.in_flight)
         self.watch = Watch(self._fleet, self._own_findings)
@@ -79,7 +89,9 @@ class Indexer:
         self.grpc_address = ""
         self.rest_address = ""
         self._environ = environ
-        self._front = Front(LocalIndex(self.index), self.routing, self.board, time.monotonic)
+        local = LocalIndex(self.index)
+        lookups = TracedLookups(local, tracing.tracer) if tracing else local
+        self._front = Front(lookups, self.routing, self.board, time.monotonic)
         self._listener = Listener(
             accuracy=self.accuracy,
             healing=self.healing,
@@ -90,6 +102,9 @@ class Indexer:
             clock=time.monotonic,
             wall=time.time,
         )
+        self._measured = MeasuredIndex(self._front)
+        self._applying = Durations()  # from a message received to its being visible in lookups here
+        self._store: SharedIndex | None = None
         self._shard: Shard | None = None
         self._publisher: Publisher | None = None
         self._store_evicts = ""
@@ -113,6 +128,9 @@ class Indexer:
 
     async def _start(self) -> None:
         settings, context = self.settings, new_context()
+        if self._tracing is not None:
+            trace_logs()
+            self._stack.push_async_callback(self._tracing.close)
         self._stack.callback(context.term)
         options = ZmqSourceOptions(settings.topic_prefix, message_bytes_max=settings.message_bytes_max)
         self._source = ZmqSource(context, self._on_message, options, self._on_connection)
@@ -150,8 +168,10 @@ class Indexer:
         store = RedisStore(client, block_ttl_s=settings.block_ttl_s)
         publisher = self._publisher = Publisher(self.index, store, clock=time.monotonic)
         name = settings.shard or f"{socket.gethostname()}:{os.getpid()}"
-        shared = SharedIndex(store, on_change=self._front.wake, on_emptied=self.routing.forget)
-        self._front.lookups = shared
+        tracing = self._tracing
+        read = TracedStore(store, tracing.tracer) if tracing else store
+        shared = SharedIndex(read, on_change=self._front.wake, on_emptied=self.routing.forget)
+        self._front.lookups = self._store = shared
         shard = self._shard = Shard(
             name=name,
             index=self.index,
@@ -170,11 +190,13 @@ class Indexer:
 
     async def _serve(self) -> None:
         settings = self.settings
-        grpc = GrpcServer(self._front, self._listener)
+        interceptors = (TracedCalls(self._tracing.tracer),) if self._tracing else ()
+        grpc = GrpcServer(self._measured, self._listener, interceptors=interceptors)
         host, port = _split(settings.grpc_listen)
         self.grpc_address = f"{host}:{await grpc.start(host, port)}"
         self._stack.push_async_callback(grpc.stop, settings.drain_s)
         registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
         registry.register(
             IndexMetrics(
                 self.index,
@@ -184,11 +206,19 @@ class Indexer:
                 self.watch.counts,
                 received=self._source.received,
                 observed=grpc.observed,
+                applying=self._applying,
+                lookups=self._measured,
+                publisher=self._publisher,
+                shared=self._store,
             )
         )
         host, port = _split(settings.rest_listen)
         app = build_app(
-            self._front, ready=lambda: self.ready, registry=registry, blocks=self._blocks, findings=self.watch.current
+            self._measured,
+            ready=lambda: self.ready,
+            registry=registry,
+            blocks=self._blocks,
+            findings=self.watch.current,
         )
         rest = await serve(app, host, port)
         self.rest_address = f"{host}:{rest.port}"
@@ -242,10 +272,12 @@ class Indexer:
             self._apply_message(origin, frames)
 
     def _apply_message(self, origin: Origin, frames: list[bytes]) -> None:
+        came = time.time()
         commands = self.index.on_frames(
-            frames, time.time(), peer=origin.peer, dialled=origin.dialled, port_rank=origin.port_rank
+            frames, came, peer=origin.peer, dialled=origin.dialled, port_rank=origin.port_rank
         )
         self._perform(commands)
+        self._applying.add_between(came, time.time())
 
     def _on_connection(self, engine: EngineId, up: bool) -> None:
         if up:

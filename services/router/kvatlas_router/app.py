@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 
 from kvatlas_common.lasting import keep_what_is_built
 from kvatlas_common.logs import LimitedLog
+from kvatlas_common.tracing import Tracing, open_tracing, trace_logs
 from kvatlas_router.adapters.admin import build_admin
 from kvatlas_router.adapters.decide import Decider
 from kvatlas_router.adapters.findings import Watch
@@ -25,11 +26,12 @@ from kvatlas_router.adapters.fleet import FleetKeeper
 from kvatlas_router.adapters.forward import Forwarder, Patience
 from kvatlas_router.adapters.gate import Gate
 from kvatlas_router.adapters.http import HttpRules, PublicApi
-from kvatlas_router.adapters.index_client import IndexClient
+from kvatlas_router.adapters.index_client import IndexClient, Interceptors
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.adapters.models import Tokenizers
 from kvatlas_router.adapters.results import Results
 from kvatlas_router.adapters.server import HttpServer
+from kvatlas_router.adapters.traced import TracedApi, TracedForwarder, TracedGate, TracedMatch, traced_decider
 from kvatlas_router.core.admission import Admission, AdmissionRules
 from kvatlas_router.core.chooser import Chooser
 from kvatlas_router.core.diagnosis import Seen
@@ -43,13 +45,15 @@ from kvatlas_router.settings import RouterSettings
 log = logging.getLogger(__name__)
 
 DEFECTS_LOG_INTERVAL_S = 10.0
+SERVICE = "kvatlas-router"
 
 
 class Router:
     """One router. `start` returns when it listens; `public_port` and `admin_port` are then the bound ones."""
 
-    def __init__(self, settings: RouterSettings, environ: Mapping[str, str]) -> None:
+    def __init__(self, settings: RouterSettings, environ: Mapping[str, str], tracing: Tracing | None = None) -> None:
         self._settings = settings
+        self._tracing = tracing
         self._stack = AsyncExitStack()
         name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"  # a new life is another router
         rng = random.Random(settings.seed)
@@ -59,7 +63,8 @@ class Router:
         results = Results(outliers, slow_start, metrics, time.monotonic)
         plans = settings.plans()
         homes = ResponseHomes()
-        self.index = IndexClient(settings.indexers, name, settings.lookup_deadline_ms / 1000, metrics)
+        deadline_s = settings.lookup_deadline_ms / 1000
+        self.index = IndexClient(settings.indexers, name, deadline_s, metrics, _interceptors(tracing))
         self.fleet = FleetKeeper(
             self.index,
             settings.engines,
@@ -93,6 +98,7 @@ class Router:
             Admission(AdmissionRules(settings.queue_max, settings.queue_deadline_s)),
             Pressure(_pressure_rules(settings)),
             decider=decider,
+            chooser=chooser,
             loads=self.index.loads,
             metrics=metrics,
             clock=time.monotonic,
@@ -104,9 +110,9 @@ class Router:
         self._api = PublicApi(
             rules=_rules(settings),
             fleet=lambda: self.fleet.fleet,
-            decider=decider,
-            gate=gate,
-            forwarder=self._forwarder,
+            decider=traced_decider(decider, tracing.tracer) if tracing else decider,
+            gate=TracedGate(gate, tracing.tracer) if tracing else gate,
+            forwarder=TracedForwarder(self._forwarder, tracing.tracer) if tracing else self._forwarder,
             homes=homes,
             metrics=metrics,
             fail_opens=fail_opens,
@@ -115,7 +121,8 @@ class Router:
             started_at=time.time(),
         )
         admin = build_admin(decider, metrics, settings.session_header, settings.body_bytes_max, self._watch.current)
-        self._public = HttpServer(self._api, settings.host, settings.port, settings.drain_s)
+        served = TracedApi(self._api, tracing.tracer) if tracing else self._api
+        self._public = HttpServer(served, settings.host, settings.port, settings.drain_s)
         self._admin = HttpServer(admin, settings.admin_host, settings.admin_port, drain_s=1)
         self.fleet.on_change += [
             lambda fleet: chooser.keep_only(fleet.engines.keys()),
@@ -147,6 +154,9 @@ class Router:
 
     async def start(self) -> None:
         """Raises `OSError` when a port is taken; nothing is left running then."""
+        if self._tracing is not None:
+            trace_logs()
+            self._stack.push_async_callback(self._tracing.close)
         try:
             for part in (self._forwarder, self.index, self.tokenizers, self.fleet, self._watch):
                 await self._stack.enter_async_context(part)
@@ -195,7 +205,14 @@ class Router:
 
 def build(settings: RouterSettings, environ: Mapping[str, str] | None = None) -> Router:
     """`environ` is where engine lists that are read later find the API keys they name."""
-    return Router(settings, os.environ if environ is None else environ)
+    environ = os.environ if environ is None else environ
+    return Router(settings, environ, open_tracing(environ, SERVICE))
+
+
+def _interceptors(tracing: Tracing | None) -> Interceptors:
+    if tracing is None:
+        return lambda address: ()
+    return lambda address: (TracedMatch(tracing.tracer, address),)
 
 
 def _patience(settings: RouterSettings) -> Patience:

@@ -32,7 +32,7 @@ def test_the_tail_is_the_last_bytes_however_they_came(data: bytes, cuts: list[in
 
 
 def test_a_whole_answer() -> None:
-    assert read_usage(json.dumps(CHAT).encode()) == Usage(8, 4)
+    assert read_usage(json.dumps(CHAT).encode()) == Usage(8, 4, 9)
 
 
 def test_words_of_the_answer_are_not_taken_for_usage() -> None:
@@ -46,14 +46,14 @@ def test_the_last_usage_of_a_stream_counts() -> None:
 
 
 def test_shapes_of_the_other_apis() -> None:
-    responses = {"response": {"usage": {"input_tokens_details": {"cached_tokens": 3}, "output_tokens": 5}}}
-    messages = {"usage": {"cache_read_input_tokens": 7, "output_tokens": 2}}
-    assert read_usage(json.dumps(responses).encode()) == Usage(3, 5)
-    assert read_usage(json.dumps(messages).encode()) == Usage(7, 2)
+    responses = {"usage": {"input_tokens": 9, "input_tokens_details": {"cached_tokens": 3}, "output_tokens": 5}}
+    messages = {"usage": {"input_tokens": 4, "cache_read_input_tokens": 7, "output_tokens": 2}}
+    assert read_usage(json.dumps({"response": responses}).encode()) == Usage(3, 5, 9)
+    assert read_usage(json.dumps(messages).encode()) == Usage(7, 2, 11)
 
 
 def test_an_engine_that_does_not_say_is_unknown_not_zero() -> None:
-    assert read_usage(b'{"usage": {"prompt_tokens": 5, "prompt_tokens_details": null}}') == Usage(None, None)
+    assert read_usage(b'{"usage": {"prompt_tokens": 5, "prompt_tokens_details": null}}') == Usage(None, None, 5)
     assert read_usage(b"") == Usage()
     assert read_usage(b'{"usage": {"cut": ') == Usage()
 

@@ -16,10 +16,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from kvatlas_common.prompts.as_chat import NotAsChat, messages_as_chat, responses_as_chat
+
 TokenIds = npt.NDArray[np.uint32]
 Body = Mapping[str, Any]
 
 CHAT, COMPLETIONS, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/tokenize"
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 
 _TAKEN_BY_RENDERING = frozenset(
     [
@@ -120,12 +123,12 @@ def understand(path: str, body: Body) -> PromptRequest | Unrenderable:
     facts = _facts(path, body)
     reader = _READERS.get(path)
     if reader is None:
-        return Unrenderable(facts, "previous_response_id" if body.get("previous_response_id") else f"path {path}"[:80])
+        return Unrenderable(facts, f"path {path}"[:80])
     try:
         if facts.cache_salt is None and body.get("cache_salt") is not None:
             raise _Refused("cache_salt is not a non-empty string")
         return reader(facts, body)
-    except _Refused as refused:
+    except (_Refused, NotAsChat) as refused:
         return Unrenderable(facts, str(refused))
 
 
@@ -145,7 +148,7 @@ def token_array(ids: object) -> TokenIds | None:
 
 def _facts(path: str, body: Body) -> Facts:
     model, salt, n = body.get("model"), body.get("cache_salt"), body.get("n")
-    asked = body.get("max_completion_tokens") or body.get("max_tokens")
+    asked = body.get("max_completion_tokens") or body.get("max_tokens") or body.get("max_output_tokens")
     return Facts(
         model=model if isinstance(model, str) else None,
         cache_salt=salt if isinstance(salt, str) and salt else None,
@@ -260,6 +263,8 @@ def _mapping(body: Body, name: str) -> Mapping[str, Any]:
 
 _READERS: Mapping[str, Callable[[Facts, Body], PromptRequest]] = {
     CHAT: _chat,
+    MESSAGES: lambda facts, body: _chat(facts, messages_as_chat(body)),
+    RESPONSES: lambda facts, body: _chat(facts, responses_as_chat(body)),
     COMPLETIONS: _completion,
     TOKENIZE: _tokenize,
 }

@@ -14,7 +14,7 @@ import asyncio
 import errno
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeVar, cast
@@ -70,7 +70,13 @@ class Observed:
 class GrpcServer:
     """The gRPC side of an indexer, in the caller's event loop."""
 
-    def __init__(self, index: Index, reports: Reports, options: GrpcOptions | None = None) -> None:
+    def __init__(
+        self,
+        index: Index,
+        reports: Reports,
+        options: GrpcOptions | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
         self.observed = Observed()
         options = options or GrpcOptions()
         self._draining = asyncio.Event()
@@ -79,6 +85,7 @@ class GrpcServer:
         self._unreadable = _Unreadable(self.observed, limited)
         limit = options.message_bytes_max
         self._server = grpc.aio.server(
+            interceptors=interceptors,
             options=(
                 ("grpc.so_reuseport", 0),  # else a second indexer would silently take every other connection
                 ("grpc.max_receive_message_length", limit),

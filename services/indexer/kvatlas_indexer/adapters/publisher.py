@@ -14,6 +14,7 @@ from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.redis_client import StoreUnavailable
 from kvatlas_indexer.adapters.redis_store import RedisStore
 from kvatlas_indexer.adapters.redis_writes import Flush, Outcome, Position
+from kvatlas_indexer.core.durations import Durations
 from kvatlas_indexer.core.handover import describe
 from kvatlas_indexer.core.index import KvIndex
 from kvatlas_indexer.core.known import Known
@@ -42,6 +43,10 @@ class Publisher:
         self.lost: Callable[[EngineId], None] = lambda engine: None
         self.unwritten_since: float | None = None
         """Since when (`clock`) the store has taken nothing; None: it takes what it is given."""
+        self.writes = Durations()
+        """From something to be written to its being in the store, where every shard's lookups see it."""
+        self.errors = 0
+        self._touched_at: float | None = None
         self._fences: dict[EngineId, int] = {}
         self._told: dict[EngineId, bytes] = {}  # the record each engine has in the store
         self._described: dict[EngineId, tuple[object, ...]] = {}  # what that record was made from
@@ -77,6 +82,8 @@ class Publisher:
 
     def touched(self) -> None:
         """Something may have changed."""
+        if self._touched_at is None:
+            self._touched_at = self._clock()
         self._wake.set()
 
     # -- its life ------------------------------------------------------------------------------------------------------
@@ -91,10 +98,15 @@ class Publisher:
                 pass
             self._wake.clear()
             await asyncio.sleep(LINGER_S)
+            touched_at, self._touched_at = self._touched_at, None
             try:
                 await self.flush_all()
+                if touched_at is not None:
+                    self.writes.add(self._clock() - touched_at)
                 await self._check()
             except StoreUnavailable as error:
+                self._touched_at = touched_at
+                self.errors += 1
                 if self.unwritten_since is None:
                     self.unwritten_since = self._clock()
                     log.warning("the store takes no writes; they wait in memory", extra={"why": str(error)})

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Protocol
 
 from kvatlas_common.fleet import Fleet
 from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.redis_client import StoreUnavailable
-from kvatlas_indexer.adapters.redis_store import WINDOW_FIRST, Lookup, RedisStore
+from kvatlas_indexer.adapters.redis_store import WINDOW_FIRST, Lookup
 from kvatlas_indexer.core.contracts import IndexUnavailable
 from kvatlas_indexer.core.records import EngineRecord, decode_record
 from kvatlas_indexer.core.shared import SharedFleet
@@ -25,6 +26,14 @@ POLL_S = 0.1
 RETRY_S = 0.5
 
 
+class SharedStore(Protocol):
+    """What is read of a `RedisStore`, and answered as it does."""
+
+    async def lookup(self, keys: Sequence[int]) -> Lookup: ...
+    async def version(self) -> int: ...
+    async def records(self) -> tuple[int, dict[str, bytes]]: ...
+
+
 class SharedIndex:
     """`contracts.Lookups` over a `RedisStore`.
 
@@ -32,7 +41,7 @@ class SharedIndex:
     """
 
     def __init__(
-        self, store: RedisStore, *, on_change: Callable[[], None], on_emptied: Callable[[EngineId], None]
+        self, store: SharedStore, *, on_change: Callable[[], None], on_emptied: Callable[[EngineId], None]
     ) -> None:
         self._store = store
         self._on_change = on_change
@@ -41,6 +50,7 @@ class SharedIndex:
         self._version = 0
         self._decoded: dict[str, tuple[bytes, EngineRecord]] = {}
         self._reading = asyncio.Lock()
+        self.errors = 0  # of reading the fleet's records; those of lookups are theirs
 
     async def match(
         self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
@@ -82,6 +92,7 @@ class SharedIndex:
                 await self._read(await self._store.version())
                 said = ""
             except StoreUnavailable as error:
+                self.errors += 1
                 if str(error) != said:
                     log.warning("the store cannot be asked", extra={"why": str(error)})
                 said = str(error)

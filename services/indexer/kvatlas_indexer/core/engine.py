@@ -23,6 +23,7 @@ from kvatlas_common.events.types import (
 from kvatlas_common.findings import Code, Finding
 from kvatlas_common.fleet import Sync
 from kvatlas_common.words import EngineId, Medium
+from kvatlas_indexer.core.durations import Durations
 from kvatlas_indexer.core.effects import (
     Apply,
     BeginEpoch,
@@ -70,6 +71,7 @@ class Engine:
         bounds: Bounds | None = None,
         reannounces: bool = False,
         drop_last_blocks: int = 0,
+        delays: Durations | None = None,
         on_emptied: Callable[[EngineId], None] = lambda engine: None,
     ) -> None:
         self.id = engine
@@ -78,13 +80,16 @@ class Engine:
         self.naming = naming
         self.rules: dict[int, GroupRule] = {}
         self.counts: Counter[str] = Counter()
-        """Events by what became of them: applied, stored, removed, cleared, duplicate, gap, restart, or a rejection."""
+        """What became of what it said. Of messages: batch (applied), duplicate. Of events: event-stored, event-removed,
+        cleared, or a rejection. Of blocks: stored, removed, removed-unknown. And: replay, replay-<end>, loss, restart.
+        """
         self.connected = True
         """False while its publisher, which is dialled, is not connected: whatever it publishes is lost."""
         self.epoch = 0  # counts the lives of its cache, and of what is told of it
         self.tiered = False  # it has spoken of other media than the gpu
         self.heard_at: float | None = None
         self.lag_s = 0.0  # from the engine's `ts` of the last message to its being applied
+        self._delays = delays or Durations()  # of all engines, from the batch's `ts` to its being taken up
         self._residency = residency
         self._bounds = bounds or Bounds()
         self._reannounces = reannounces
@@ -235,13 +240,17 @@ class Engine:
                     self._residency.expire_doubts(float("inf"), self.id)
                 case Duplicate():
                     self.counts["duplicate"] += 1
-                case RequestReplay() | CancelReplay():
+                case RequestReplay():
+                    self.counts["replay"] += 1
+                    network.append(effect)
+                case CancelReplay():
                     network.append(effect)
         return network
 
     def _apply(self, batch: EventBatch, now: float) -> list[Effect]:
         self.counts["batch"] += 1
         self.lag_s = max(0.0, now - batch.ts)
+        self._delays.add_between(batch.ts, now)
         self._learn_groups(batch)
         for cleared, events in _between_clears(batch.events):
             if cleared:
@@ -292,6 +301,7 @@ class Engine:
                 self._is_odd(Code.MIXED_BLOCK_SIZES, f"it has blocks of {self.naming.block_size} and of {size} tokens")
         self.tiered = self.tiered or event.medium is not Medium.GPU
         keys = self._behind(self.naming.stored(event))
+        self.counts["event-stored"] += 1
         self.counts["stored"] += len(keys)
         if not keys:
             return
@@ -307,6 +317,7 @@ class Engine:
     def _remove(self, event: BlockRemoved) -> None:
         self.tiered = self.tiered or event.medium is not Medium.GPU
         keys = self._behind(self.naming.removed(event))
+        self.counts["event-removed"] += 1
         self.counts["removed"] += len(keys)
         missing = self._residency.remove(self.id, event.group, event.medium, keys)
         self.counts["removed-unknown"] += missing

@@ -24,6 +24,7 @@ from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.claims import Claims, refused
 from kvatlas_indexer.core.commands import Command, Replay, Rules, StopReplay
 from kvatlas_indexer.core.contracts import UnknownModel
+from kvatlas_indexer.core.durations import Durations
 from kvatlas_indexer.core.effects import CancelReplay, Message, ReplayEnd, RequestReplay
 from kvatlas_indexer.core.engine import Engine, Network
 from kvatlas_indexer.core.known import Known
@@ -53,6 +54,7 @@ class KvIndex:
         self.residency = Residency()
         self.refused: Counter[str] = Counter()
         """Messages not taken, by reason: frames, message, payload, claim, too-many-engines."""
+        self.delays = Durations()  # from a batch's own time to its being taken up, of all engines
         self._on_finding = on_finding
         self._on_emptied = on_emptied
         self._known: dict[EngineId, Known] = {}
@@ -329,6 +331,7 @@ class KvIndex:
             bounds=self.rules.bounds,
             reannounces=bool(spec and spec.reannounces),
             drop_last_blocks=spec.speculative_drop_blocks if spec else 0,
+            delays=self.delays,
             on_emptied=self._on_emptied,
         )
 

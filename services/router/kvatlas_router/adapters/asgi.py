@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class Request:
     body: bytes = b""
     header: Mapping[bytes, bytes] = field(default_factory=dict)
     route: str = ""  # the path without ids, for figures
+    decided: bool = False  # an engine was chosen for it
+    arrived: float = field(default_factory=time.perf_counter)  # its headers did
 
     @classmethod
     def of(cls, scope: Scope, new_id: Callable[[], str]) -> Request:

@@ -24,7 +24,6 @@ from kvatlas_router.adapters.index_client import LookupFailed
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.body import Body
 from kvatlas_router.core.choice import Choice, NoEngine, Strategy
-from kvatlas_router.core.chooser import Chooser
 from kvatlas_router.core.homes import ResponseHomes
 from kvatlas_router.core.plans import Labels, Plan, Plans
 from kvatlas_router.core.policies import Needs, Policy
@@ -76,6 +75,22 @@ class Index(Protocol):
         ...
 
     def loads(self) -> Mapping[EngineId, Load]: ...
+
+
+class Chooses(Protocol):
+    def choose(
+        self,
+        policy: Policy,
+        ask: Ask,
+        views: Sequence[EngineView],
+        *,
+        loads: Mapping[EngineId, Load],
+        answer: MatchAnswer | None,
+        now: float,
+        cause: str | None = None,
+    ) -> Choice | None:
+        """As `Chooser.choose`."""
+        ...
 
 
 class Tokens(Protocol):
@@ -135,7 +150,7 @@ class Decider:
     fleet: Callable[[], Fleet]
     tokens: Tokens
     index: Index
-    chooser: Chooser
+    chooser: Chooses
     homes: ResponseHomes
     plans: Plans
     clock: Callable[[], float]

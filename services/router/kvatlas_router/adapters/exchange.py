@@ -25,9 +25,13 @@ class Exchange:
     decision: Decision
     metrics: Metrics
     observe: Callable[[Observation], None]
+    queued_s: float = 0.0  # before an engine had a place for it
     told: Forwarded = field(default_factory=Forwarded)
-    arrived: float = field(default_factory=time.perf_counter)
     ttft_s: float | None = None
+    sent_at: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.request.decided = True
 
     def headers(self, term: Term) -> Headers:
         """What the router adds to an answer; all of it is fixed before the request is sent."""
@@ -43,7 +47,7 @@ class Exchange:
         return fixed
 
     def sent(self, term: Term) -> None:
-        decision = self.decision
+        decision, self.sent_at = self.decision, time.perf_counter()
         if decision.learnt.prompt is not None:
             tokens, predicted = decision.learnt.prompt.n_tokens, term.cached_tokens or 0
             keys = {profile: k.tolist() for profile, k in decision.learnt.keys.items()}
@@ -53,14 +57,17 @@ class Exchange:
         self.metrics.retries.labels(why).inc()
 
     def first_byte(self, term: Term) -> None:
-        self.ttft_s = time.perf_counter() - self.arrived
+        now = time.perf_counter()
+        self.ttft_s = now - self.request.arrived
         self.metrics.first_byte.observe(self.ttft_s)
         if self.decision.learnt.prompt is not None:
-            self.observe(FirstToken(self.request.id, term.engine, self.decision.model, self.ttft_s))
+            self.observe(FirstToken(self.request.id, term.engine, self.decision.model, now - self.sent_at))
 
     def finished(self) -> None:
         told, decision, metrics = self.told, self.decision, self.metrics
+        total_s = time.perf_counter() - self.request.arrived
         metrics.requests.labels(self.request.route, told.outcome).inc()
+        metrics.request_seconds.labels(self.request.route).observe(total_s)
         if told.outcome is Outcome.CUT:
             metrics.cuts.inc()
         actual = told.usage.cached_tokens
@@ -75,9 +82,10 @@ class Exchange:
                     self.request.id, told.term.engine, decision.model, actual, completion, comparable, told.outcome
                 )
             )
-        log.info("request handled", extra=self._line(predicted, actual))
+        log.info("request handled", extra=self._line(predicted, actual, total_s))
 
-    def _line(self, predicted: int | None, actual: int | None) -> dict[str, object]:
+    def _line(self, predicted: int | None, actual: int | None, total_s: float) -> dict[str, object]:
+        """What each field means: docs/observing.md. Where the trace is sampled, the log adds its id."""
         told, decision = self.told, self.decision
         prompt = decision.learnt.prompt
         return {
@@ -95,9 +103,10 @@ class Exchange:
             "predicted_cached_tokens": predicted,
             "cached_tokens": actual,
             "queued_tokens": told.term.ahead.queued_tokens if told.term else None,
+            "queued_ms": round(self.queued_s * 1000, 2),
             "decision_ms": round(sum(decision.learnt.stages.values()) * 1000, 2),
             "ttft_ms": round(self.ttft_s * 1000, 2) if self.ttft_s is not None else None,
-            "total_ms": round((time.perf_counter() - self.arrived) * 1000, 2),
+            "total_ms": round(total_s * 1000, 2),
             "error": told.error or None,
         }
 

@@ -19,6 +19,7 @@ from kvatlas_router.adapters.asgi import HttpError, Receive, while_connected
 from kvatlas_router.adapters.decide import Asked, Decider, Lookup
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.admission import Admission, Cause, Line, Place, Shed, Waiter
+from kvatlas_router.core.chooser import Chooser
 from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.pressure import Pressure
 
@@ -40,6 +41,7 @@ class Gate:
         pressure: Pressure,
         *,
         decider: Decider,
+        chooser: Chooser,
         loads: Callable[[], Mapping[EngineId, Load]],
         metrics: Metrics,
         clock: Callable[[], float],
@@ -48,7 +50,7 @@ class Gate:
         self._pressure: Final = pressure
         self._decider = decider
         self._loads = loads
-        self._chooser = decider.chooser
+        self._chooser = chooser
         self._metrics = metrics
         self._clock = clock
         self._log = LimitedLog(log, LOG_INTERVAL_S, clock)

@@ -13,8 +13,10 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from kvatlas_common.fleet import EngineView, Fleet, Health
+from kvatlas_common.logs import LimitedLog
 from kvatlas_common.observations import Observation, Outcome
 from kvatlas_router.adapters.asgi import (
     ClientGone,
@@ -30,9 +32,9 @@ from kvatlas_router.adapters.asgi import (
 )
 from kvatlas_router.adapters.decide import Asked, Decider, Decision, Lookup, UnknownModel
 from kvatlas_router.adapters.exchange import Exchange
-from kvatlas_router.adapters.forward import Forwarder, Job
-from kvatlas_router.adapters.gate import Gate
+from kvatlas_router.adapters.forward import Forwarded, Job
 from kvatlas_router.adapters.metrics import Metrics
+from kvatlas_router.core.admission import Place
 from kvatlas_router.core.body import Body, InvalidBody
 from kvatlas_router.core.choice import NoEngine
 from kvatlas_router.core.fail_opens import FailOpens
@@ -60,8 +62,11 @@ ROUTES = {
 }
 STREAMED_USAGE = frozenset({"/v1/chat/completions", "/v1/completions"})
 STORED_RESPONSE = "/v1/responses/"
+MODELS = "/v1/models"
 OVERLOADED_RETRY_S = 1
 NO_ENGINE_RETRY_S = 5
+REFUSED_LOG_INTERVAL_S = 1.0  # per status and kind: anybody can be refused as fast as they can ask
+PATH_CHARS_MAX = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +84,20 @@ class HttpRules:
     allow_reannouncing: bool = False
 
 
+class Gates(Protocol):
+    async def enter(self, asked: Asked, receive: Receive) -> Place:
+        """As `Gate.enter`."""
+        ...
+
+    def release(self, place: Place) -> None: ...
+
+
+class Forwards(Protocol):
+    async def forward(self, job: Job, send: Send, told: Forwarded) -> None:
+        """As `Forwarder.forward`."""
+        ...
+
+
 class PublicApi:
     """The ASGI application. `draining` makes `/readyz` fail while requests are still served."""
 
@@ -88,8 +107,8 @@ class PublicApi:
         rules: HttpRules,
         fleet: Callable[[], Fleet],
         decider: Decider,
-        gate: Gate,
-        forwarder: Forwarder,
+        gate: Gates,
+        forwarder: Forwards,
         homes: ResponseHomes,
         metrics: Metrics,
         fail_opens: FailOpens,
@@ -108,6 +127,7 @@ class PublicApi:
         self._observe = observe
         self._new_id = new_id
         self._started_at = int(started_at)
+        self._log = LimitedLog(log, REFUSED_LOG_INTERVAL_S, time.monotonic)
         self._keys = [k.encode() for k in rules.api_keys]
         self.in_flight = 0
         self.draining = False
@@ -122,10 +142,23 @@ class PublicApi:
             log.info("client gone before its request was sent", extra={"request_id": request.id, "path": request.path})
         except HttpError as error:
             self._metrics.refused.labels(str(error.status)).inc()
+            if not request.decided:  # else the line of its exchange tells
+                self._refused(request, error)
             await self._reply(request, send, error.status, error.body(), error.headers)
         except asyncio.CancelledError:
             # The server cancels what outlives the drain and ends; nothing waits for this task then.
             log.warning("request cut, the drain is over", extra={"request_id": request.id, "path": request.path})
+
+    def _refused(self, request: Request, error: HttpError) -> None:
+        self._log.info(
+            f"{error.status} {error.kind}",
+            "request refused",
+            request_id=request.id,
+            path=request.path[:PATH_CHARS_MAX],
+            status=error.status,
+            why=error.kind,
+            total_ms=round((time.perf_counter() - request.arrived) * 1000, 2),
+        )
 
     async def _serve(self, request: Request, receive: Receive, send: Send) -> None:
         path = request.path
@@ -136,7 +169,7 @@ class PublicApi:
             await self._reply(request, send, status, json.dumps({"status": why}).encode())
         else:
             self._authorise(request)
-            if path == "/v1/models":
+            if path == MODELS:
                 _require(request, "GET")
                 await self._reply(request, send, 200, models_page(self._fleet(), self._started_at))
             elif lookup := self._route(request):
@@ -145,14 +178,13 @@ class PublicApi:
                 raise HttpError(404, "not_found", f"this router serves no {request.method} {path[:200]}")
 
     def _route(self, request: Request) -> Lookup | None:
+        request.route = route_of(request.path)
         lookup = ROUTES.get(request.path)
         if lookup is not None:
             _require(request, "POST")
-            request.route = request.path
             return lookup
-        if request.path.startswith(STORED_RESPONSE):
+        if request.route:
             _require(request, "POST" if request.path.endswith("/cancel") else "GET")
-            request.route = STORED_RESPONSE + "{id}"
             return Lookup.SESSION
         return None
 
@@ -172,16 +204,18 @@ class PublicApi:
         request.body = await read_body(request, receive, self._rules.body_bytes_max, self._rules.body_timeout_s)
         body = self._body(request, lookup)
         asked = Asked(request.path, lookup, body, self._session(request), self._labels(request))
+        came = time.perf_counter()
         place = await self._gate.enter(asked, receive)
+        queued_s = time.perf_counter() - came
         try:
             decision = await self._decide(asked)
         finally:
             self._gate.release(place)  # nothing else runs before the forwarder has entered it in the books
-        await self._answer(request, body, decision, receive, send)
+        exchange = Exchange(request, decision, self._metrics, self._observe, queued_s)
+        await self._answer(body, exchange, receive, send)
 
-    async def _answer(self, request: Request, body: Body, decision: Decision, receive: Receive, send: Send) -> None:
-        exchange = Exchange(request, decision, self._metrics, self._observe)
-        job = self._job(request, body, exchange)
+    async def _answer(self, body: Body, exchange: Exchange, receive: Receive, send: Send) -> None:
+        job = self._job(exchange.request, body, exchange)
         told = exchange.told
         try:
             async with while_connected(receive):
@@ -275,6 +309,13 @@ class PublicApi:
 
     async def _reply(self, request: Request, send: Send, status: int, body: bytes, headers: Headers = ()) -> None:
         await reply(send, status, body, (*headers, (b"x-request-id", request.id.encode())))
+
+
+def route_of(path: str) -> str:
+    """The path without ids, for figures and spans: one of few. Empty for a path that is not served."""
+    if path.startswith(STORED_RESPONSE):
+        return STORED_RESPONSE + "{id}"
+    return path if path in ROUTES or path == MODELS else ""
 
 
 def models_page(fleet: Fleet, created: int) -> bytes:

@@ -16,7 +16,7 @@ import logging
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -55,6 +55,9 @@ _OPTIONS = (
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+Interceptors = Callable[[str], Sequence[grpc.aio.ClientInterceptor]]
 
 
 class LookupFailed(Exception):
@@ -109,6 +112,7 @@ class Shard:
         *,
         loads: MergedLoads | None = None,
         open_requests: OpenRequests | None = None,
+        interceptors: Sequence[grpc.aio.ClientInterceptor] = (),
     ) -> None:
         self.address = address
         self.circuit = Circuit()
@@ -119,7 +123,7 @@ class Shard:
         self._dropped = dropped
         self._loads = loads or MergedLoads()
         self._open_requests = open_requests or OpenRequests()
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS, interceptors=interceptors)
         self._stub: Any = rpc.KvIndexStub(self._channel)  # type: ignore[no-untyped-call]
         self._outbox: asyncio.Queue[pb.Observation] = asyncio.Queue(OBSERVATIONS_QUEUED_MAX)
         self._tasks = [
@@ -216,13 +220,24 @@ class Shard:
 
 
 class IndexClient:
-    """All shards behind some targets, each `<host:port>`; names are resolved again as time passes."""
+    """All shards behind some targets, each `<host:port>`; names are resolved again as time passes.
 
-    def __init__(self, targets: Iterable[str], router: str, deadline_s: float, metrics: Metrics) -> None:
+    `interceptors`: of the calls to the shard at an address.
+    """
+
+    def __init__(
+        self,
+        targets: Iterable[str],
+        router: str,
+        deadline_s: float,
+        metrics: Metrics,
+        interceptors: Interceptors = lambda address: (),
+    ) -> None:
         self._targets = tuple(targets)
         self._router = router
         self._deadline_s = deadline_s
         self._metrics = metrics
+        self._interceptors = interceptors
         self._shards: dict[str, Shard] = {}
         self.on_load: Callable[[EngineId, Load], None] | None = None
         self._loads = MergedLoads(self._load_told)
@@ -362,6 +377,7 @@ class IndexClient:
                     self._metrics.observations_dropped.inc,
                     loads=self._loads,
                     open_requests=self._open_requests,
+                    interceptors=self._interceptors(address),
                 )
         if gone:
             await asyncio.gather(*(s.close() for s in gone))

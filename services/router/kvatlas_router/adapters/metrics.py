@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from kvatlas_common.fleet import Fleet, Health
 
@@ -16,6 +16,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
 
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(f"kvatlas_router_{name}", text, labels, registry=self.registry)
@@ -40,6 +41,9 @@ class Metrics:
         self.ejections = counter("ejections", "engines ejected, by cause", ("cause",))
         self.stages = histogram("decision_seconds", "time of a decision, by stage", _FINE, ("stage",))
         self.first_byte = histogram("first_byte_seconds", "request received to first byte sent", _COARSE)
+        self.request_seconds = histogram(
+            "request_seconds", "request received to its last byte sent, by path", _COARSE, ("path",)
+        )
         self.prompt_tokens = counter("prompt_tokens", "prompt tokens of comparable requests")
         self.predicted_tokens = counter("predicted_cached_tokens", "cached tokens predicted, comparable requests")
         self.actual_tokens = counter("actual_cached_tokens", "cached tokens the engines reported, comparable requests")

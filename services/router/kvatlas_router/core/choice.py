@@ -95,7 +95,8 @@ class Candidate(NamedTuple):
     """One engine a request may go to.
 
     `known`: the index (or the history) can speak of it; then no `match` means it holds nothing. `block_size`: tokens in
-    a block of `match`. `expected_blocks`: what it would hold once all that was sent there is computed.
+    a block of `match`. `expected_blocks`: what it would hold once all that was sent there is computed. `crowding`: by
+    how much it is over its bound, see `cost.crowding`.
     """
 
     state: EngineState
@@ -103,6 +104,7 @@ class Candidate(NamedTuple):
     known: bool = False
     block_size: int = 0
     expected_blocks: int = 0
+    crowding: float = 0.0
 
     @property
     def view(self) -> EngineView:
@@ -159,7 +161,7 @@ def term_of(candidate: Candidate, prompt_tokens: int) -> Term:
         min(held, prompt_tokens) if candidate.known else None,
         to_compute,
         transferred,
-        candidate.state.quote.cost(to_compute, transferred),
+        candidate.state.quote.cost(to_compute, transferred, candidate.crowding * prompt_tokens),
     )
 
 

@@ -17,7 +17,7 @@ from kvatlas_common.words import EngineId
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Books, Ticket
 from kvatlas_router.core.choice import Candidate, Choice, EngineState, Term
-from kvatlas_router.core.cost import WEIGHTS, Ahead, Quote, Weights
+from kvatlas_router.core.cost import WEIGHTS, Ahead, Quote, Weights, crowding
 from kvatlas_router.core.foreign import ForeignTraffic
 from kvatlas_router.core.outliers import Outliers
 from kvatlas_router.core.policies import Needs, Policy, Situation
@@ -70,8 +70,10 @@ class Chooser:
         matches = {m.engine: m for m in answer.matches} if answer else {}
         unknown = frozenset(answer.unknown) if answer else frozenset()
         guessed = policy.needs is Needs.HISTORY  # nothing was sent there: that is not to hold nothing
+        states = [self._state(view, loads, now) for view in views]
+        mean = sum(state.ahead.in_flight for state in states) / max(len(states), 1)
         candidates = []
-        for view in views:
+        for view, state in zip(views, states, strict=True):
             engine, own = view.id, view.profile in ask.keys
             match = matches.get(engine)
             expected = lately.get(engine, 0)
@@ -85,7 +87,14 @@ class Chooser:
                 known = engine not in unknown if own else view.known_empty
             size = view.block_size if own else None
             candidates.append(
-                Candidate(self._state(view, loads, now), match, known, size or ESTIMATE_PROFILE.block_size, expected)
+                Candidate(
+                    state,
+                    match,
+                    known,
+                    size or ESTIMATE_PROFILE.block_size,
+                    expected,
+                    crowding(state.ahead.in_flight, mean),
+                )
             )
         return policy.choose(Situation(ask, candidates, cause, self._chance))
 

@@ -12,6 +12,9 @@ requests still to come. What it costs the others, `others_ms`, is felt in three 
   (`squeeze_s`). All this makes a hot prefix spread before it hurts: the busier its engine, the cheaper it is to compute
   the prefix once more elsewhere, after which there are two engines for it;
 - what is computed anew is kept anew, and pushes something out that somebody may come back for (`space`).
+
+And no prefix is worth a crowd: where an engine has more than `BOUND` times the mean of requests in flight, what it has
+cached counts for less, and from half as much again for nothing (after consistent hashing with bounded loads).
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from typing import NamedTuple
 from kvatlas_common.words import Medium
 from kvatlas_router.core.rates import CHUNK_TOKENS, Speed
 
+BOUND = 1.1
+VOID = 0.3
+BOUND_SLACK = 4  # requests: too few to be a load
 FULL = 0.98  # of the KV cache: from here on a request waits for room
 
 
@@ -33,7 +39,7 @@ class Weights:
     decoder: float = 0.02
     squeeze_s: float = 0.02
     space: float = 0.3
-    crowd: float = 0.05
+    crowd: float = 0.02
 
 
 WEIGHTS = Weights()
@@ -114,14 +120,18 @@ class Quote:
         self._flat_s = self._queue_s + speed.overhead_s + self._step_s / 2 + self._crowd_s
         self._slope_s = speed.token_s * (1 + self._own_others) + self._step_s / CHUNK_TOKENS
 
-    def total_ms(self, to_compute: int, transferred: Transferred = ()) -> float:
+    def total_ms(self, to_compute: int, transferred: Transferred = (), voided: float = 0.0) -> float:
         """`cost(...).total_ms`, in half the time."""
         wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
         moved_s = self._moved_s(transferred) if transferred else 0.0
-        return 1000 * (self._flat_s + self._slope_s * to_compute + moved_s + wait_s + squeeze_s)
+        voided_s = voided * self._speed.token_s
+        return 1000 * (self._flat_s + self._slope_s * to_compute + moved_s + wait_s + squeeze_s + voided_s)
 
-    def cost(self, to_compute: int, transferred: Transferred = ()) -> Cost:
-        """Of a request that would have so many tokens computed, and so many brought from slower media."""
+    def cost(self, to_compute: int, transferred: Transferred = (), voided: float = 0.0) -> Cost:
+        """Of a request that would have so many tokens computed, and so many brought from slower media.
+
+        `voided`: tokens by which the engine is too crowded, see `crowding`.
+        """
         wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
         own_s = to_compute * self._speed.token_s
         return Cost(
@@ -129,7 +139,7 @@ class Quote:
             compute_ms=1000 * (own_s + self._speed.overhead_s),
             transfer_ms=1000 * self._moved_s(transferred),
             decode_ms=1000 * self._step_s * (0.5 + to_compute / CHUNK_TOKENS),
-            others_ms=1000 * (self._crowd_s + self._own_others * own_s + squeeze_s),
+            others_ms=1000 * (self._crowd_s + self._own_others * own_s + squeeze_s + voided * self._speed.token_s),
         )
 
     def _room(self, to_compute: int) -> tuple[float, float]:
@@ -142,3 +152,9 @@ class Quote:
 
     def _moved_s(self, transferred: Transferred) -> float:
         return sum(self._speed.transfer_s(medium) * tokens for medium, tokens in transferred)
+
+
+def crowding(in_flight: int, mean: float) -> float:
+    """By how much an engine is over its bound: 0 up to it, 1 where no prefix counts. `mean`: in the fleet."""
+    over = in_flight / (mean + BOUND_SLACK) - BOUND
+    return over / VOID if over > 0 else 0.0

@@ -7,7 +7,8 @@ Four figures per engine follow from these:
 - `token_s`, to compute a prompt token, from answers with much to compute;
 - `overhead_s`, of any request, from answers with little;
 - the length of a step as a straight line over the requests that decode in it: `step_s` and `decode_s` for each, from
-  the time between tokens;
+  the time between tokens. One line for the fleet, because a slope shows only in many answers, and how much longer or
+  shorter the engine's own steps are;
 - `transfer_s`, to bring a cached token from a slower medium to the GPU, from what is left of the time to first token.
 
 Measurements are noisy (other traffic, pauses, a prediction that did not hold), so none moves an estimate far: each
@@ -19,18 +20,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from kvatlas_common.words import EngineId, Medium
 
 CHUNK_TOKENS = 2048
 """Prompt tokens computed in one step (vLLM's default `max_num_batched_tokens` for serving)."""
 LARGE_TOKENS = 512  # from here on a prompt tells of `token_s`, below of `overhead_s`
-LEARNING = 0.1  # how far one measurement pulls, once there are some
+LEARNING = 0.04  # how far one measurement pulls, once there are some
 PULL_MAX = 0.7  # of the logarithm
 OUTLIER = 4.0  # a token time so many times off is not the engine's own
-ENOUGH = 8  # measurements after which an engine speaks for itself
-FORGETTING = 0.98
+ENOUGH = 16  # measurements after which an engine speaks for itself
+FORGETTING = 0.998
+NOISE = 0.2  # of the logarithm: engines that differ by less are taken for alike
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class Served:
 class _Line:
     """A straight line through noisy points, older ones weighing less."""
 
+    slope: float
     n: float = 0.0
     x: float = 0.0
     y: float = 0.0
@@ -99,14 +102,15 @@ class _Line:
         self.xx = self.xx * FORGETTING + x * x
         self.xy = self.xy * FORGETTING + x * y
 
-    def fit(self, slope: float) -> tuple[float, float]:
-        """Intercept and slope, neither negative; `slope` is kept where all points stand close together."""
+    def fit(self) -> tuple[float, float]:
+        """Intercept and slope; `slope` is the least there is, and what is taken where the points do not show one."""
         mean_x, mean_y = self.x / self.n, self.y / self.n
         variance = self.xx / self.n - mean_x**2
-        if variance > 4.0:
-            slope = max((self.xy / self.n - mean_x * mean_y) / variance, 0.0)
-        slope = min(slope, mean_y / mean_x) if mean_x > 0 else slope
-        return max(mean_y - slope * mean_x, 0.0), slope
+        slope = self.slope
+        if self.n > ENOUGH and variance > 4.0:
+            slope = max((self.xy / self.n - mean_x * mean_y) / variance, slope)
+        slope = min(slope, mean_y / (2 * mean_x))
+        return mean_y - slope * mean_x, slope
 
 
 @dataclass(slots=True)
@@ -116,7 +120,8 @@ class _Learnt:
     transfer_s: dict[Medium, float]
     large: int = 0
     small: int = 0
-    steps: _Line = field(default_factory=_Line)
+    steps: int = 0
+    step_ratio: float = 1.0  # of its steps to the fleet's
 
 
 class Rates:
@@ -128,6 +133,7 @@ class Rates:
         self._speeds: dict[EngineId, Speed] = {}
         self._fleet: Speed = prior
         self._until_mean = 0
+        self._steps = _Line(prior.decode_s / 2)
         self.answer_tokens = 256.0  # mean length of answers
 
     def of(self, engine: EngineId) -> Speed:
@@ -163,16 +169,15 @@ class Rates:
         work = served.ahead + served.computed
         besides = speed.overhead_s + speed.prefill_s(work, served.decoding) - work * speed.token_s
         seen = max((served.first_token_s - besides) / work, learnt.token_s / OUTLIER)
-        pull = max(-PULL_MAX, min(PULL_MAX, math.log(seen / learnt.token_s)))
-        weight = max(LEARNING, 1 / (learnt.large + 1)) * served.computed / work
-        learnt.token_s *= math.exp(weight * pull)
+        weight = _weight(learnt.large) * served.computed / work
+        learnt.token_s *= math.exp(weight * _pull(seen, learnt.token_s))
         learnt.large += 1
 
     def _learn_overhead(self, learnt: _Learnt, served: Served, speed: Speed) -> None:
         work = served.ahead + served.computed
         seen = served.first_token_s - speed.prefill_s(work, served.decoding)
         off = max(-learnt.overhead_s, min(learnt.overhead_s, seen - learnt.overhead_s))
-        learnt.overhead_s = max(learnt.overhead_s + max(LEARNING, 1 / (learnt.small + 1)) * off, 0.0001)
+        learnt.overhead_s = max(learnt.overhead_s + _weight(learnt.small) * off, 0.0001)
         learnt.small += 1
 
     def _learn_transfer(self, learnt: _Learnt, served: Served, speed: Speed, tokens: int) -> None:
@@ -183,47 +188,65 @@ class Rates:
             before = learnt.transfer_s.get(medium)
             if before is not None and part * 2 > tokens:  # told by the medium that most of it came from
                 seen = max(rest / tokens, before / OUTLIER)
-                learnt.transfer_s[medium] = before * math.exp(
-                    LEARNING * 2 * max(-PULL_MAX, min(PULL_MAX, math.log(seen / before)))
-                )
+                learnt.transfer_s[medium] = before * math.exp(2 * LEARNING * _pull(seen, before))
 
     def _learn_steps(self, learnt: _Learnt, served: Served) -> None:
         if not served.completion_tokens or served.completion_tokens < 8 or served.decode_total_s <= 0:
             return
-        step = served.decode_total_s / (served.completion_tokens - 1)
-        learnt.steps.add((served.decoding + served.decoding_at_end) / 2 + 1, step)
+        step_s = served.decode_total_s / (served.completion_tokens - 1)
+        decoding = (served.decoding + served.decoding_at_end) / 2 + 1
+        self._steps.add(decoding, step_s / learnt.step_ratio)
+        flat, slope = self._steps.fit()
+        learnt.step_ratio *= math.exp(
+            _weight(learnt.steps) * _pull(step_s / (flat + slope * decoding), learnt.step_ratio)
+        )
+        learnt.steps += 1
         self.answer_tokens += (served.completion_tokens - self.answer_tokens) * 0.02
 
     def _speed(self, learnt: _Learnt) -> Speed:
         fleet = self._fleet
-        step_s, decode_s = learnt.steps.fit(fleet.decode_s) if learnt.steps.n >= 2 else (fleet.step_s, fleet.decode_s)
+        flat, slope = self._steps.fit() if self._steps.n else (self._prior.step_s, self._prior.decode_s)
+        ratio = _apart(learnt.step_ratio, 1.0, learnt.steps)
         return Speed(
-            token_s=_between(learnt.token_s, fleet.token_s, learnt.large),
-            overhead_s=_between(learnt.overhead_s, fleet.overhead_s, learnt.small),
-            step_s=step_s,
-            decode_s=decode_s,
+            token_s=_apart(learnt.token_s, fleet.token_s, learnt.large),
+            overhead_s=_apart(learnt.overhead_s, fleet.overhead_s, learnt.small),
+            step_s=flat * ratio,
+            decode_s=slope * ratio,
             cpu_token_s=learnt.transfer_s[Medium.CPU],
             storage_token_s=learnt.transfer_s[Medium.STORAGE],
             remote_token_s=learnt.transfer_s[Medium.REMOTE],
         )
 
 
-def _between(own: float, fleet: float, seen: int) -> float:
-    """The engine's own figure, the more the more often it was seen."""
-    share = min(seen / ENOUGH, 1.0)
-    return float(own**share * fleet ** (1 - share))
+def _weight(seen: int) -> float:
+    """Of one more measurement after so many."""
+    return max(LEARNING, 1 / (seen + 1))
+
+
+def _pull(seen: float, known: float) -> float:
+    return max(-PULL_MAX, min(PULL_MAX, math.log(seen / known)))
+
+
+def _apart(own: float, fleet: float, seen: int) -> float:
+    """The engine's own figure as far as it stands apart from the fleet's: by more than noise would make it.
+
+    What looks a little slower is chosen a little less, and is seen less often to be no slower: small differences would
+    keep themselves up.
+    """
+    apart = math.log(own / fleet) * min(seen / ENOUGH, 1.0)
+    believed = min(abs(apart), max(2 * (abs(apart) - NOISE), 0.0))
+    return fleet * math.exp(math.copysign(believed, apart))
 
 
 def _mean(learnt: list[_Learnt], speeds: dict[EngineId, Speed], prior: Speed) -> Speed:
     """Over the engines that have been seen, each figure by itself; of token times the geometric mean."""
     large = [one for one in learnt if one.large]
     small = [one for one in learnt if one.small]
-    steps = [one.steps.fit(prior.decode_s) for one in learnt if one.steps.n >= 2]
     return Speed(
         token_s=math.exp(_average([math.log(o.token_s) for o in large], math.log(prior.token_s))),
         overhead_s=_average([o.overhead_s for o in small], prior.overhead_s),
-        step_s=_average([s for s, _ in steps], prior.step_s),
-        decode_s=_average([d for _, d in steps], prior.decode_s),
+        step_s=_average([s.step_s for s in speeds.values()], prior.step_s),
+        decode_s=_average([s.decode_s for s in speeds.values()], prior.decode_s),
         cpu_token_s=_average([s.cpu_token_s for s in speeds.values()], prior.cpu_token_s),
         storage_token_s=_average([s.storage_token_s for s in speeds.values()], prior.storage_token_s),
         remote_token_s=_average([s.remote_token_s for s in speeds.values()], prior.remote_token_s),

@@ -27,6 +27,7 @@ class Usage:
 
     cached_tokens: int | None = None
     completion_tokens: int | None = None
+    prompt_tokens: int | None = None
 
 
 NO_USAGE = Usage()
@@ -94,4 +95,11 @@ def _usage(fields: Mapping[str, Any]) -> Usage:
         if isinstance(details, Mapping):
             cached = details.get("cached_tokens", cached)
     completion = fields.get("completion_tokens", fields.get("output_tokens"))
-    return Usage(cached if isinstance(cached, int) else None, completion if isinstance(completion, int) else None)
+    return Usage(*(count if isinstance(count, int) else None for count in (cached, completion, _prompt_tokens(fields))))
+
+
+def _prompt_tokens(fields: Mapping[str, Any]) -> object:
+    """Anthropic's `input_tokens` are those that were neither read from a cache nor written to it."""
+    parts = [fields.get(name) for name in ("cache_read_input_tokens", "cache_creation_input_tokens")]
+    counts = [count for count in (fields.get("input_tokens"), *parts) if isinstance(count, int)]
+    return fields.get("prompt_tokens", sum(counts) if counts else None)

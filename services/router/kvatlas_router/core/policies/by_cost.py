@@ -39,7 +39,8 @@ class Estimate:
 def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) -> Choice:
     tokens = situation.ask.prompt_tokens
     costs = [
-        c.state.quote.total_ms(c.to_compute(tokens), c.transferred()) / c.state.share for c in situation.candidates
+        c.state.quote.total_ms(c.to_compute(tokens), c.transferred(), c.crowding * tokens) / c.state.share
+        for c in situation.candidates
     ]
     if temperature_ms <= 0:
         return situation.ordered(strategy, map(round, costs))
