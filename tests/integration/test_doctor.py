@@ -30,6 +30,15 @@ ALTERED = "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }
 LONG = "a prompt of many blocks " * 20
 
 
+async def doctor(*options: str) -> tuple[int, str]:
+    """Exit status, and what it writes."""
+    command = [sys.executable, "-m", "kvatlas_cli", "doctor", *options]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode()
+
+
 @dataclass
 class SetUp:
     """Indexer and router in one process, in front of simulated engines."""
@@ -80,13 +89,7 @@ class SetUp:
 
     async def told(self, *options: str) -> tuple[int, str]:
         """Exit status, and what it writes."""
-        command = [sys.executable, "-m", "kvatlas_cli", "doctor", "--indexer", self.rest, *options]
-        process = await asyncio.create_subprocess_exec(
-            *command, "--admin", self.services.admin, stdout=asyncio.subprocess.PIPE
-        )
-        out, _ = await process.communicate()
-        assert process.returncode is not None
-        return process.returncode, out.decode()
+        return await doctor("--indexer", self.rest, "--admin", self.services.admin, *options)
 
     async def named_everywhere(self, code: str, about: str, change: str, source: str = "indexer") -> None:
         """By the service itself, on /metrics, in the log, and by the doctor, with the change to make."""
@@ -306,3 +309,22 @@ async def test_a_router_without_its_indexer_says_so_and_why_it_fails_open(tmp_pa
         failing = await one.until_found("failing-open", "", "router")
         assert "index-unavailable" in failing["wrong"]
         assert await metric(session, alone.admin, "kvatlas_router_findings", code="failing-open") == 1
+
+
+async def test_engines_are_looked_at_before_there_is_any_service(tmp_path: Path) -> None:
+    altered = tmp_path / "altered"
+    shutil.copytree(TINY_MODEL, altered)
+    (altered / "chat_template.jinja").write_text(ALTERED)
+    wrong = replace(GOOD, hash_algorithm="sha256", model_path=altered, data_parallel_size=2)
+    async with contextlib.AsyncExitStack() as stack:
+        engines = [await stack.enter_async_context(SimulatedEngine(config)) for config in (wrong, GOOD, GOOD)]
+        named = [word for engine in engines for word in flags(engine)]
+        status, page = await doctor("--indexer", "", "--admin", "", *named, "--engine", "127.0.0.1:9", "--json")
+        said = json.loads(page)
+        assert (status, said["not_asked"]) == (1, {})
+        assert {(f["code"], f["about"]) for f in said["findings"]} == {
+            ("engine-down", "127.0.0.1:9"),
+            ("algorithm-differs", engines[0].address),
+            ("template-differs", engines[0].address),
+            ("ranks-not-listed", engines[0].address),
+        }

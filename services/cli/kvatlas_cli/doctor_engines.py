@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -168,10 +169,12 @@ def _hashing(one: Looked) -> Hashing:
 
 
 def _compare_tokens(looked: Sequence[Looked], files: str | None, environ: Mapping[str, str]) -> None:
-    """With those made here from the model's files; where there are none, with those of most engines of the model."""
+    """With those made here from the model's files, as most engines name them; where they are not here, with the tokens
+    of most engines of the model."""
     for model in dict.fromkeys(one.model for one in looked if one.tokens is not None):
         of_model = [one for one in looked if one.model == model and one.tokens is not None]
-        ours = _tokens_here(model, [files] if files else [one.facts.root for one in of_model], environ)
+        usual, _ = Counter(one.facts.root for one in of_model).most_common(1)[0]
+        ours = _tokens_here(model, files or usual, environ)
         if ours is None and len(of_model) < 2:
             continue
         alike = [one.tokens for one in of_model if one.tokens is not None]
@@ -183,10 +186,10 @@ def _compare_tokens(looked: Sequence[Looked], files: str | None, environ: Mappin
                 one.findings.append(finding)
 
 
-def _tokens_here(model: str, names: Iterable[str | None], environ: Mapping[str, str]) -> Tokens | None:
-    wanted = [name for name in dict.fromkeys(names) if name]
+def _tokens_here(model: str, files: str | None, environ: Mapping[str, str]) -> Tokens | None:
+    """None where the files are not here, or cannot be used."""
     try:
-        pipeline = PromptPipeline.load(find_model_files(*wanted, environ=environ))
+        pipeline = PromptPipeline.load(find_model_files(files or "", environ=environ))
         found = [tokens_here(pipeline, {"model": model, **sample}) for sample in SAMPLES]
     except (ModelFilesMissing, BadModelFiles, OSError, Unchecked):
         return None

@@ -100,7 +100,7 @@ _ERRORS = frozenset({
 })  # fmt: skip
 _ADVICE = frozenset({
     Code.NOT_HEARD_YET, Code.REPLAY_ABSENT, Code.SALTS_UNSEEN, Code.REANNOUNCING_ALLOWED, Code.TOKENS_UNCHECKED,
-    Code.UNRENDERABLE, Code.LOSS, Code.RESTART,
+    Code.UNRENDERABLE, Code.RESTART,
 })  # fmt: skip
 NOTED = frozenset({
     Code.NAME_CLAIMED_TWICE, Code.TOPIC_MODEL, Code.CANNOT_DIAL, Code.REFUSED_FRAMES, Code.REFUSED_MESSAGE,

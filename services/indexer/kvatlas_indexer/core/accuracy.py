@@ -9,6 +9,7 @@ from kvatlas_common.words import EngineId
 
 IN_FLIGHT_MAX = 65_536
 """Requests whose end is awaited; beyond, the oldest is given up (its router is gone)."""
+ENGINES_MAX = 4096
 
 
 class Accuracy:
@@ -44,7 +45,7 @@ class Accuracy:
             return
         if finished.cached_tokens is None:
             if predicted and finished.completion_tokens and finished.outcome is Outcome.OK:
-                self.unreported[finished.engine] += 1
+                self._unreported(finished.engine)
             return
         self.unreported.pop(finished.engine, None)
         if not finished.comparable or finished.outcome is not Outcome.OK:
@@ -53,3 +54,8 @@ class Accuracy:
         self.equal += predicted == finished.cached_tokens
         self.predicted_tokens += predicted
         self.actual_tokens += finished.cached_tokens
+
+    def _unreported(self, engine: EngineId) -> None:
+        if engine not in self.unreported and len(self.unreported) >= ENGINES_MAX:
+            self.unreported.clear()  # names that nobody has: whoever is real comes again
+        self.unreported[engine] += 1

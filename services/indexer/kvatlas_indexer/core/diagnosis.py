@@ -26,7 +26,7 @@ from kvatlas_indexer.core.silence import Silence
 CONNECTING_S = 3.0
 """A stream that is not connected is connecting for so long."""
 
-Findings = Iterator[tuple[EngineId | str, Finding]]
+Findings = list[tuple[EngineId | str, Finding]]
 
 
 class Diagnosis:
@@ -37,24 +37,29 @@ class Diagnosis:
         self._repetitions = repetitions
         self._unconnected: dict[EngineId, float] = {}
 
-    def look(self, fleet: Fleet, now: float) -> Findings:
-        """`fleet`: all engines of all shards. `now` as the index has it."""
+    def look(self, fleet: Fleet, now: float) -> Iterator[Findings]:
+        """Engine by engine, so that whoever looks can do other things in between. `fleet`: all engines of all shards.
+
+        `now` as the index has it.
+        """
         known = {one.id: one for one in self._index.known()}
         self.silence.keep_only(set(known))
         self._unconnected = {e: self._unconnected.get(e, now) for e, one in known.items() if not one.engine.connected}
-        if not fleet.engines:
-            yield "", advice.no_engines()
+        yield [] if fleet.engines else [("", advice.no_engines())]
         ranks = Counter(engine.address for engine in known)
+        reported = self._reported(set(known))
         crowd = _crowd(fleet, self._index.rules.expected.hashing)
         for engine, one in known.items():
-            for finding in self._of(one, ranks[engine.address], crowd, now):
-                yield engine, finding
-        for engine, finding in self._repetitions.current():
-            if engine in known:
-                yield engine, finding
+            yield [(engine, finding) for finding in self._of(one, ranks[engine.address], crowd, now)]
+        yield reported
+
+    def _reported(self, known: set[EngineId]) -> Findings:
+        """What routers' reports have shown, again and again."""
+        found: Findings = [(engine, finding) for engine, finding in self._repetitions.current() if engine in known]
         for engine, count in self._accuracy.unreported.items():
             if count >= REPEATED and engine in known:
-                yield engine, advice.unreported(count)
+                found.append((engine, advice.unreported(count)))
+        return found
 
     def _of(self, known: Known, ranks: int, crowd: Crowd, now: float) -> Iterator[Finding]:
         facts = known.facts or EngineFacts(known.id)

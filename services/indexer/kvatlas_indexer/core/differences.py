@@ -109,10 +109,6 @@ class Repetitions:
         """What was repeated often enough, and nothing else has come between since."""
         return [at for at, count in self._counts.items() if count >= REPEATED]
 
-    def forget(self, engine: EngineId) -> None:
-        """It has come back as another, or is gone."""
-        self._counts = OrderedDict((at, count) for at, count in self._counts.items() if at[0] != engine)
-
     def _again(self, compared: Comparison, finding: Finding, differs: bool) -> bool:
         at = (compared.engine, finding)
         count = self._counts.pop(at, 0) + 1 if differs else 0

@@ -71,5 +71,7 @@ def test_versions(version: str, good: bool) -> None:
 def test_a_policy_matters_only_where_memory_is_limited() -> None:
     check_policy({"maxmemory": "0", "maxmemory_policy": "allkeys-lru"}, "here", evictions_allowed=False)
     check_policy({"maxmemory": "9", "maxmemory_policy": "noeviction"}, "here", evictions_allowed=False)
+    evicting = {"maxmemory": "9", "maxmemory_policy": "allkeys-lru"}
+    assert "allkeys-lru" in check_policy(evicting, "here", evictions_allowed=True)
     with pytest.raises(StoreUnavailable, match="Cure"):
         check_policy({"maxmemory": "9", "maxmemory_policy": "allkeys-lru"}, "here", evictions_allowed=False)

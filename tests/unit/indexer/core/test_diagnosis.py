@@ -35,8 +35,8 @@ class Looking(World):
         self.diagnosis = Diagnosis(self.index, self.accuracy, self.repetitions)
 
     def look(self) -> list[tuple[str, str]]:
-        found = self.diagnosis.look(self.index.fleet(), self.now)
-        return [(str(about), str(finding.code)) for about, finding in found]
+        looked = self.diagnosis.look(self.index.fleet(), self.now)
+        return [(str(about), str(finding.code)) for found in looked for about, finding in found]
 
     def well(self, *engines: EngineSpec) -> None:
         """Engines that are ready, connected, heard from their first message, and asked for what was before it."""
