@@ -29,6 +29,7 @@ BURST_S = 10.0
 """How long a prompt counts as held after it was sent, or its first token came, if no event says so."""
 BURST_BLOCKS_MAX = 16_384  # per engine
 STATE_S = 0.02
+BUSY_LEARNING = 0.03
 NO_LOAD = Load()
 
 
@@ -53,6 +54,7 @@ class Chooser:
         self._lately = RoutingHistory(lifetime_s=BURST_S, blocks_max=BURST_BLOCKS_MAX)
         self._states: dict[EngineId, tuple[float, EngineState]] = {}  # and until when each is used
         self._prompt_tokens = 1000.0  # mean length of prompts
+        self._busy = 0.0  # mean share of engines that are computing prompts
 
     def choose(
         self,
@@ -71,7 +73,9 @@ class Chooser:
         unknown = frozenset(answer.unknown) if answer else frozenset()
         guessed = policy.needs is Needs.HISTORY  # nothing was sent there: that is not to hold nothing
         states = [self._state(view, loads, now) for view in views]
-        mean = sum(state.ahead.in_flight for state in states) / max(len(states), 1)
+        count = max(len(states), 1)
+        mean = sum(state.ahead.in_flight for state in states) / count
+        self._busy += (sum(state.ahead.pending > 0 for state in states) / count - self._busy) * BUSY_LEARNING
         candidates = []
         for view, state in zip(views, states, strict=True):
             engine, own = view.id, view.profile in ask.keys
@@ -170,7 +174,7 @@ class Chooser:
         return EngineState.of(
             view,
             ahead,
-            Quote(speed, ahead, self.rates.answer_tokens, self._weights),
+            Quote(speed, ahead, self.rates.answer_tokens, self._weights, self._busy),
             last_used=ours.last_used,
             share=self._slow_start.share(view.id, now),
             trust=self.outliers.trust(view.id, now),

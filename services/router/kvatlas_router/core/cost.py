@@ -4,14 +4,16 @@ Its own: the prompts queued ahead, its own uncached tokens at the engine's rate,
 media, the steps of the requests that decode beside it, and, where the KV cache is full, the time until there is room.
 
 Engines compute prompts in the order in which they came, so a new request delays nobody's first token but those of
-requests still to come. What it costs the others, `others_ms`, is felt in three ways, each weighed by `Weights`:
+requests still to come. What it costs the others, `others_ms`, is felt in four ways, each weighed by `Weights`:
 
 - every request that decodes waits while a prompt is computed (`decoder`), and from then on every step is longer by one
   more decoding request, for them as for the new one (`crowd`);
 - the fuller the KV cache, the less there is for whoever comes next; the price rises without bound as room runs out
   (`squeeze_s`). All this makes a hot prefix spread before it hurts: the busier its engine, the cheaper it is to compute
   the prefix once more elsewhere, after which there are two engines for it;
-- what is computed anew is kept anew, and pushes something out that somebody may come back for (`space`).
+- what is computed anew is kept anew, and pushes something out that somebody may come back for (`space`);
+- whoever comes while the prompt is computed waits for it, and so on until the engine has nothing to compute: the busier
+  the fleet, the longer that takes, by 1 / (1 - busy) as in any queue (`congestion`).
 
 And no prefix is worth a crowd: where an engine has more than `BOUND` times the mean of requests in flight, what it has
 cached counts for less, and from half as much again for nothing (after consistent hashing with bounded loads).
@@ -29,6 +31,7 @@ from kvatlas_router.core.rates import CHUNK_TOKENS, Speed
 BOUND = 1.1
 VOID = 0.3
 BOUND_SLACK = 4  # requests: too few to be a load
+BUSY_MAX = 0.8
 FULL = 0.98  # of the KV cache: from here on a request waits for room
 
 
@@ -38,7 +41,8 @@ class Weights:
 
     decoder: float = 0.02
     squeeze_s: float = 0.02
-    space: float = 2.0
+    space: float = 0.3
+    congestion: float = 1.0
     crowd: float = 0.02
 
 
@@ -97,21 +101,27 @@ class Quote:
     """What any request would cost on an engine as it stands: all that does not depend on the request, worked out once.
 
     But for the room in the KV cache, a cost is a straight line over the tokens to compute. `answer_tokens`: how long
-    answers are, on average.
+    answers are, on average. `busy`: the share of the fleet's engines that are computing prompts, 0..1.
     """
 
     __slots__ = ("_answer_s", "_crowd_s", "_flat_s", "_full", "_kv_tokens", "_own_others", "_queue_s", "_slope_s",
                  "_speed", "_squeeze_s", "_step_s")  # fmt: skip
 
     def __init__(
-        self, speed: Speed, ahead: Ahead = NOTHING, answer_tokens: float = 0.0, weights: Weights = WEIGHTS
+        self,
+        speed: Speed,
+        ahead: Ahead = NOTHING,
+        answer_tokens: float = 0.0,
+        weights: Weights = WEIGHTS,
+        busy: float = 0.0,
     ) -> None:
         decoding = ahead.decoding
         self._speed = speed
         self._step_s = speed.step_s + decoding * speed.decode_s
         self._queue_s = ahead.late_s + speed.prefill_s(ahead.queued_tokens, decoding)
         self._answer_s = answer_tokens * self._step_s
-        self._own_others = weights.decoder * decoding + weights.space
+        busy = min(busy, BUSY_MAX)
+        self._own_others = weights.decoder * decoding + weights.space + weights.congestion * busy / (1 - busy)
         self._crowd_s = weights.crowd * answer_tokens * speed.decode_s * 2 * ahead.in_flight
         self._squeeze_s = weights.squeeze_s
         self._kv_tokens = ahead.kv_tokens

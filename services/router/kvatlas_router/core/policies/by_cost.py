@@ -1,9 +1,9 @@
 """The engine on which the request costs least, see `cost.py`: by what each holds (`Precise`), or by what was sent to
 each (`Estimate`).
 
-Costs that differ by less than a tenth or a millisecond are alike, and go to the engine least recently used. With a temperature,
-engines are chosen with a probability that falls by e for every so many milliseconds of cost: exploration, for fleets
-whose speeds change.
+Costs that differ by less than a tenth or a millisecond are alike, and go to the engine least recently used. With a
+temperature, engines are chosen with a probability that falls by e for every so many milliseconds of cost: exploration,
+for fleets whose speeds change.
 """
 
 from __future__ import annotations
