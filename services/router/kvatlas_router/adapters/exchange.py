@@ -68,8 +68,7 @@ class Exchange:
         now = time.perf_counter()
         self.ttft_s = now - self.request.arrived
         self.metrics.first_byte.observe(self.ttft_s)
-        if self.decision.ask.streams:
-            self.observe(FirstToken(self.request.id, term.engine, self.decision.model, now - self.sent_at))
+        self.observe(FirstToken(self.request.id, term.engine, self.decision.model, now - self.sent_at))
 
     def finished(self) -> None:
         told, decision, metrics = self.told, self.decision, self.metrics

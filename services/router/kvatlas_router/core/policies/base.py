@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
 from kvatlas_router.core.ask import Ask
-from kvatlas_router.core.choice import Candidate, Choice, Reason, Strategy, ordered
+from kvatlas_router.core.choice import Candidate, Choice, Reason, Standing, Strategy, ordered
 
 
 class Needs(StrEnum):
@@ -29,6 +29,12 @@ class Situation:
     candidates: Sequence[Candidate]
     cause: str | None
     chance: Callable[[], float]
+
+    def up(self) -> Situation:
+        """Without the engines that are down."""
+        if all(c.state.standing is not Standing.DOWN for c in self.candidates):
+            return self
+        return replace(self, candidates=[c for c in self.candidates if c.state.standing is not Standing.DOWN])
 
     def ordered(self, strategy: Strategy, ranks: Iterable[object]) -> Choice:
         """`ranks`: one per candidate, the lowest first. Raises `NoEngine`."""

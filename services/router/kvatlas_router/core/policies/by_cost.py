@@ -42,6 +42,7 @@ class Estimate:
 
 def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) -> Choice:
     tokens = situation.ask.prompt_tokens
+    situation = situation.up()
     costs = [
         c.state.quote.total_ms(c.to_compute(tokens), c.transferred(), c.crowding * tokens) / c.state.share
         for c in situation.candidates
