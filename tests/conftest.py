@@ -1,4 +1,7 @@
-"""What all tests share: the option that refreshes transcripts, and processes that begin without compiling us again."""
+"""What all tests share: the option that refreshes transcripts, and processes that begin without compiling us again.
+
+And no test is timed by Hypothesis: the suite runs on busy machines, where 200 ms say nothing of an example.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,10 @@ import os
 import sys
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("busy-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy-machine")
 
 # Where the environment forbids to keep compiled modules, each of a hundred processes would compile all of ours.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -7,7 +7,8 @@ from there on, then an end marker. Its own high-water mark is ZeroMQ's default, 
 read loses the rest of a long replay.
 
 Not as in vLLM: no thread. Sends never block (PUB drops), so they are made from the event loop; a replay is served at
-once instead of within 0.1 s.
+once instead of within 0.1 s. And PUB is an XPUB, which differs only in that it tells of subscriptions: what is
+published before one has arrived is lost, and nobody else can know when that is.
 """
 
 from __future__ import annotations
@@ -119,11 +120,12 @@ class EventPublisher:
     _serving: asyncio.Task[None] | None = field(default=None, init=False)
     _buffer: deque[tuple[int, bytes]] = field(default_factory=lambda: deque(maxlen=BUFFERED_BATCHES), init=False)
     _held_back: list[tuple[int, bytes]] = field(default_factory=list, init=False)  # at most one, between two publishes
+    _subscriptions: int = field(default=0, init=False)  # distinct: libzmq tells of the first and the end of the last
 
     def open(self) -> None:
         """Opens the sockets. Raises `zmq.ZMQError` when an address cannot be bound; nothing is left open then."""
         try:
-            self._pub = self.context.socket(zmq.PUB)
+            self._pub = self.context.socket(zmq.XPUB)
             self._pub.set_hwm(HIGH_WATER_MARK)
             self._pub.linger = 0
             if self.bind:
@@ -144,6 +146,12 @@ class EventPublisher:
         """Begins to answer replays. Needs a running event loop."""
         if self._router is not None:
             self._serving = asyncio.create_task(self._serve_replays(self._router))
+
+    @property
+    def subscribed(self) -> bool:
+        """Whether anybody hears what is published from now on."""
+        self._take_subscriptions()
+        return self._subscriptions > 0
 
     def publish(self, payload: bytes) -> int:
         """Sends one batch and returns its sequence number."""
@@ -185,7 +193,13 @@ class EventPublisher:
 
     def _send(self, seq: int, payload: bytes) -> None:
         assert self._pub is not None, "publish before open"
+        self._take_subscriptions()  # so that none pile up
         self._pub.send_multipart((self.topic.encode(), seq.to_bytes(8, "big"), payload))
+
+    def _take_subscriptions(self) -> None:
+        while self._pub is not None and int(self._pub.get(zmq.EVENTS)) & zmq.POLLIN:
+            told = self._pub.recv(zmq.DONTWAIT)[:1]
+            self._subscriptions += (told == b"\x01") - (told == b"\x00")
 
     async def _serve_replays(self, router: zmq.asyncio.Socket) -> None:
         while True:

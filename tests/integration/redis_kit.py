@@ -20,7 +20,7 @@ from kvatlas_loadtest.valkey import Valkey, start_cluster
 
 A, B = EngineId("10.0.0.1:8000"), EngineId("10.0.0.2:8000", 1)
 START = Position(epoch=1, seq=0, ts=1.5, digest=2**64 - 1)
-SOON = Timeouts(connect_s=0.3, command_s=0.3, lookup_s=0.3)
+SOON = Timeouts(connect_s=1.0, command_s=1.0, lookup_s=1.0)
 PATIENT = Timeouts(command_s=20.0, lookup_s=20.0)  # the machine may be busy with other tests
 
 _prefixes = itertools.count()

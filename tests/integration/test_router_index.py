@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -64,16 +63,29 @@ async def test_what_became_of_a_request_is_reported() -> None:
     async with fleet(indexer) as (run, one, _):
         indexer.match = saying((one, 5))
         await run.post("/v1/completions", TOKENS, {"x-request-id": "r-1"})
-        await eventually(lambda: len(indexer.observed) == 3, "three facts")
-        routed, first, finished = indexer.observed
+        await eventually(lambda: len(indexer.observed) == 2, "two facts: the first byte of such an answer is its end")
+        routed, finished = indexer.observed
         assert isinstance(routed, Routed)
         assert (str(routed.engine), routed.prompt_tokens, routed.predicted_cached_tokens) == (one, 100, 80)
         assert list(routed.keys[PROFILE]) == unpack_keys(indexer.asked[0].prompts[0].keys)
-        assert isinstance(first, FirstToken)
+        assert routed.silent_s > 0
         assert isinstance(finished, Finished)
         assert (finished.cached_tokens, finished.comparable, finished.outcome) == (48, True, Outcome.OK)
         assert {o.request_id for o in indexer.observed} == {"r-1"}
         assert run.figure("prediction_mismatches_total") == 1
+
+
+async def test_of_a_stream_the_first_token_is_reported_too() -> None:
+    indexer = ScriptedIndexer()
+    async with fleet(indexer) as (run, _, _):
+        await run.post("/v1/completions", TOKENS | {"stream": True})
+        await eventually(lambda: len(indexer.observed) == 3, "three facts")
+        routed, first, finished = indexer.observed
+        assert isinstance(routed, Routed)
+        assert routed.silent_s == 0
+        assert isinstance(first, FirstToken)
+        assert first.ttft_s > 0
+        assert isinstance(finished, Finished)
 
 
 async def test_a_short_prompt_needs_no_lookup() -> None:
@@ -117,9 +129,13 @@ async def test_a_hanging_indexer_costs_its_deadline_a_few_times_only() -> None:
     async with fleet(indexer, "--lookup-deadline-ms", "100") as (run, one, _):
         for _ in range(3):
             await run.post("/v1/completions", TOKENS)
-        started = time.perf_counter()
-        await run.post("/v1/completions", TOKENS)
-        assert time.perf_counter() - started < 0.1
+
+        async def spared() -> bool:
+            before = len(indexer.asked)
+            _, headers, _ = await run.post("/v1/completions", TOKENS)
+            return headers["x-kvatlas-reason"] == "affinity:index-unavailable" and len(indexer.asked) == before
+
+        assert await spared() or await spared()  # so slow a machine that the first is the trial after a pause
         indexer.match = saying((one, 2))
 
         async def precise() -> bool:
@@ -157,7 +173,7 @@ async def test_a_second_indexer_answers_for_one_that_hangs() -> None:
             for _ in range(6):
                 _, headers, _ = await run.post("/v1/completions", TOKENS)
                 assert (headers["x-kvatlas-reason"], headers["x-kvatlas-engine"]) == ("precise", one)
-            await eventually(lambda: len(hanging.observed) == len(well.observed) == 18, "both are told everything")
+            await eventually(lambda: len(hanging.observed) == len(well.observed) == 12, "both are told everything")
 
 
 async def test_the_fleet_follows_the_indexer() -> None:

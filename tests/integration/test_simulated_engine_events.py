@@ -20,6 +20,7 @@ from kvatlas_loadtest.events import WireVersion
 from kvatlas_loadtest.publisher import END_MARKER, EventPublisher, ReplayFault, binds, rank_endpoint
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.time_model import NO_TIME
+from tests.integration.processes import until
 
 TIGHT = EngineLimits(num_blocks=40, block_size=16)
 
@@ -215,9 +216,9 @@ async def test_replays_fail_on_request() -> None:
             socket = context.socket(zmq.DEALER)
             socket.connect(engine.replay_endpoint)
             await socket.send_multipart([b"", (2).to_bytes(8, "big")])
-            frames = []
-            while await socket.poll(100):
-                frames.append(await socket.recv_multipart())
+            async with asyncio.timeout(10):
+                frames = [await socket.recv_multipart() for _ in range(answered + ends)]
+            assert not await socket.poll(100), "and nothing else"
             ended = sum(frame[2] == END_MARKER for frame in frames)
             assert (len(frames) - ended, ended) == (answered, ends)
         faults.replay = ReplayFault.NONE
@@ -226,6 +227,22 @@ async def test_replays_fail_on_request() -> None:
         await socket.send_multipart([b"what is this"])  # ignored, not fatal
         assert [seq for seq, _ in await replayed(socket, 2)] == [2, 3]
         assert await replayed(socket, 99) == []
+
+
+async def test_whether_anybody_listens_is_known() -> None:
+    """What is published from then on arrives; what was before, nobody has heard."""
+    async with sockets() as context, SimulatedEngine(EngineConfig(time_model=NO_TIME)) as engine:
+        publisher, socket = engine.publisher(), context.socket(zmq.SUB)
+        await ask(engine, [1] * 17)
+        assert not publisher.subscribed
+        assert engine.events_endpoint is not None
+        socket.subscribe(b"")
+        socket.connect(engine.events_endpoint)
+        await until(lambda: publisher.subscribed, "the subscription")
+        await ask(engine, [2] * 17)
+        assert (await received(socket))[1] == 1
+        socket.close(linger=0)
+        await until(lambda: not publisher.subscribed, "its end")
 
 
 async def test_a_restart_begins_a_new_sequence_on_the_same_ports() -> None:

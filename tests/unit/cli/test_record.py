@@ -23,7 +23,7 @@ from kvatlas_common.prompts.requests import CHAT, COMPLETIONS
 from kvatlas_indexer.adapters.zmq_source import Origin
 
 ORIGIN = Origin("tcp://127.0.0.1:5557", None, None, 0)
-PATIENCE = Patience(quiet_s=0.01, unsure_s=0.02, due_s=0.5, first_s=0.5)
+PATIENCE = Patience(quiet_s=0.01, unsure_s=0.02, due_s=30.0, first_s=30.0)
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ async def test_what_is_due_and_never_comes_is_not_waited_for_forever() -> None:
 async def test_a_stream_that_never_falls_silent_is_not_settled() -> None:
     written = Written()
     mark = written.log.mark()
-    waiting = asyncio.ensure_future(written.log.until_settled(mark, 0, Patience(unsure_s=0.2, due_s=0.3)))
+    waiting = asyncio.ensure_future(written.log.until_settled(mark, 0, Patience(unsure_s=1.0, due_s=1.2)))
     for seq in range(1000):
         if waiting.done():
             break
