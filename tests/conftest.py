@@ -5,11 +5,16 @@ And no test is timed by Hypothesis: the suite runs on busy machines, where 200 m
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Thousands of tests in one process leave much that lives: to walk all of it again and again is a third of their time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 50)
 
 settings.register_profile("busy-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy-machine")

@@ -6,35 +6,37 @@ Services read their own settings (flags, `KVATLAS_*`, file); the other commands 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
-import kvatlas_indexer.__main__ as indexer
-import kvatlas_router.__main__ as router
-from kvatlas_cli import audit, demo, doctor, lookup, record, up
-
-SERVICES: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
-    "up": (up.main, "indexer and router in one process; --simulate N adds simulated engines"),
-    "indexer": (indexer.main, "one indexer shard: KV events in, lookups out"),
-    "router": (router.main, "one router: requests in, to the engine that holds their prefix"),
+SERVICES = {
+    "up": ("kvatlas_cli.up", "indexer and router in one process; --simulate N adds simulated engines"),
+    "indexer": ("kvatlas_indexer.__main__", "one indexer shard: KV events in, lookups out"),
+    "router": ("kvatlas_router.__main__", "one router: requests in, to the engine that holds their prefix"),
 }
-TOOLS: dict[str, tuple[ModuleType, str]] = {
-    "demo": (demo, "simulated engines: the acceptance check, and precise against random routing"),
-    "lookup": (lookup, "which engines hold a prompt's prefix, and why one is chosen"),
-    "doctor": (doctor, "what is wrong with a live set-up, why, and the exact change to make"),
-    "record": (record, "capture a live engine's events and requests, for an audit"),
-    "audit": (audit, "hold the index to a captured engine, request by request"),
+TOOLS = {
+    "demo": ("kvatlas_cli.demo", "simulated engines: the acceptance check, and precise against random routing"),
+    "lookup": ("kvatlas_cli.lookup", "which engines hold a prompt's prefix, and why one is chosen"),
+    "doctor": ("kvatlas_cli.doctor", "what is wrong with a live set-up, why, and the exact change to make"),
+    "record": ("kvatlas_cli.record", "capture a live engine's events and requests, for an audit"),
+    "audit": ("kvatlas_cli.audit", "hold the index to a captured engine, request by request"),
 }
+"""Module and what it does. Only the one that is asked for is imported: all of them take a second."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
+    asked = words[0] if words else ""
     try:
-        if words and words[0] in SERVICES:
-            return SERVICES[words[0]][0](words[1:])
-        arguments = _parser().parse_args(words)
+        if asked in SERVICES:
+            service = importlib.import_module(SERVICES[asked][0])
+            ended: int = service.main(words[1:])
+            return ended
+        tool = importlib.import_module(TOOLS[asked][0]) if asked in TOOLS else None
+        arguments = _parser(asked, tool).parse_args(words)
         status: int = arguments.run(arguments)
         return status
     except KeyboardInterrupt:
@@ -44,21 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str, tool: ModuleType | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvatlas",
         description="Tells which inference engine already holds the KV cache of a prompt, and routes requests there.",
         epilog="kvatlas COMMAND -h tells more of each.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name, (_, text) in SERVICES.items():
-        commands.add_parser(name, help=text, add_help=False)
-    for name, (module, text) in TOOLS.items():
+    for name, (_, text) in (SERVICES | TOOLS).items():
+        if tool is None or name != asked:
+            commands.add_parser(name, help=text, add_help=False)
+            continue
         command = commands.add_parser(
-            name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            name, help=text, description=tool.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        tool.add_arguments(command)
+        command.set_defaults(run=tool.run)
     return parser
 
 

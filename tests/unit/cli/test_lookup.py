@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from kvatlas_cli import local
+from kvatlas_cli import local, lookup
 from kvatlas_cli.__main__ import _parser, main
 from kvatlas_cli.lookup import question_of
 from kvatlas_indexer.settings import IndexerSettings
@@ -33,7 +33,7 @@ DEADLINE_S = 20.0
 
 def asked(*words: str, stdin: str = "") -> object:
     """The body that these words of a command line ask about."""
-    return json.loads(question_of(_parser().parse_args(["lookup", *words]), io.StringIO(stdin)))
+    return json.loads(question_of(_parser("lookup", lookup).parse_args(["lookup", *words]), io.StringIO(stdin)))
 
 
 def test_a_text_is_the_prompt_of_a_completion() -> None:
