@@ -68,7 +68,8 @@ class Exchange:
         now = time.perf_counter()
         self.ttft_s = now - self.request.arrived
         self.metrics.first_byte.observe(self.ttft_s)
-        self.observe(FirstToken(self.request.id, term.engine, self.decision.model, now - self.sent_at))
+        if self.decision.ask.streams:  # of any other answer the first byte is its end
+            self.observe(FirstToken(self.request.id, term.engine, self.decision.model, now - self.sent_at))
 
     def finished(self) -> None:
         told, decision, metrics = self.told, self.decision, self.metrics
