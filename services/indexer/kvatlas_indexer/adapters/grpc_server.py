@@ -21,6 +21,7 @@ from typing import TypeVar, cast
 
 import grpc
 from google.protobuf.message import DecodeError
+from grpc._cython.cygrpc import ExecuteBatchError  # type: ignore[import-not-found]
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
@@ -65,6 +66,7 @@ class Observed:
     received: int = 0
     refused: int = 0  # did not parse
     unreadable: int = 0  # requests of any kind that are no protobuf
+    too_late: int = 0  # answers that nobody waited for any more
 
 
 class GrpcServer:
@@ -135,7 +137,7 @@ class GrpcServer:
 class _Unreadable(logging.Filter):
     """gRPC logs bytes that are no message as an error of the service, with a traceback each: anybody could fill a disk.
 
-    They are counted instead, with a line now and then.
+    They are counted instead, with a line now and then. So are answers that come after their caller's deadline.
     """
 
     def __init__(self, observed: Observed, limited: LimitedLog) -> None:
@@ -145,6 +147,9 @@ class _Unreadable(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, ExecuteBatchError):  # who asked had given up when the answer was ready
+            self._observed.too_late += 1
+            return False
         if not isinstance(error, DecodeError):
             return True
         self._observed.unreadable += 1

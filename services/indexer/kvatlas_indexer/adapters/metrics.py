@@ -146,6 +146,9 @@ class IndexMetrics(Collector):
         yield seen
         yield CounterMetricFamily(f"{name}observations_refused", "Not understood", value=self._observed.refused)
         yield CounterMetricFamily(
+            f"{name}grpc_too_late", "gRPC answers nobody waited for any more", value=self._observed.too_late
+        )
+        yield CounterMetricFamily(
             f"{name}grpc_unreadable", "gRPC requests not readable", value=self._observed.unreadable
         )
         yield CounterMetricFamily(f"{name}predictions_compared", "Held against the engine", value=accuracy.compared)
