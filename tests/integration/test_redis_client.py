@@ -15,7 +15,7 @@ import pytest
 from kvatlas_indexer.adapters.redis_client import RedisClient, StoreUnavailable, Timeouts, open_redis
 from kvatlas_indexer.adapters.redis_store import RedisStore
 from kvatlas_indexer.adapters.redis_writes import Outcome
-from kvatlas_loadtest.valkey import Valkey
+from kvatlas_loadtest.valkey import Valkey, start_cluster
 from tests.integration.redis_kit import PATIENT, SOON, A, fresh_prefix, opened, own, put, table
 
 TLS = Path(__file__).parents[1] / "data" / "tls"
@@ -195,15 +195,24 @@ async def test_nobody_there(tmp_path: Path) -> None:
 # -- moving ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_slot_of_the_cluster_moves(cluster: list[Valkey]) -> None:
+@pytest.fixture
+def movable(tmp_path: Path) -> Iterator[list[Valkey]]:
+    """A cluster of its own: nodes that a slot was taken from may take it back, whenever they hear of an older epoch."""
+    servers = start_cluster(tmp_path)
+    yield servers
+    for server in servers:
+        server.stop()
+
+
+async def test_a_slot_of_the_cluster_moves(movable: list[Valkey]) -> None:
     """MOVED is followed; while the slot is on its way nobody answers for what is not there."""
-    async with opened(f"redis+cluster://{cluster[0].address}", timeouts=SOON) as client:
+    async with opened(f"redis+cluster://{movable[0].address}", timeouts=SOON) as client:
         store = RedisStore(client)
         await own(store, A)
         await put(store, A, {7: {3: 1}})
         slot = binascii.crc_hqx(b"3", 0) % 16384
-        before = owner(cluster, slot)
-        after = cluster[(cluster.index(before) + 1) % 3]
+        before = owner(movable, slot)
+        after = movable[(movable.index(before) + 1) % 3]
         with before.client() as source, after.client() as target:
             ids = [str(c.execute_command("CLUSTER", "MYID").decode()) for c in (source, target)]
             for name in source.keys(client.key(3, "*").decode()):
@@ -214,12 +223,9 @@ async def test_a_slot_of_the_cluster_moves(cluster: list[Valkey]) -> None:
                 await store.lookup([3])
             for admin in (target, source):
                 admin.execute_command("CLUSTER", "SETSLOT", slot, "NODE", ids[1])
-        try:
-            assert await store.positions([(A, 1)]) == {A: [Outcome.OK] * 3 + [Outcome.BEHIND]}
-            await put(store, A, {8: {3: 1}}, whole=True)
-            assert await table(store, [8]) == {(8, 3): 1}
-        finally:
-            await hand_back(cluster, client, slot, before, after)
+        assert await store.positions([(A, 1)]) == {A: [Outcome.OK] * 3 + [Outcome.BEHIND]}
+        await put(store, A, {8: {3: 1}}, whole=True)
+        assert await table(store, [8]) == {(8, 3): 1}
 
 
 def owner(cluster: list[Valkey], slot: int) -> Valkey:
@@ -228,16 +234,6 @@ def owner(cluster: list[Valkey], slot: int) -> Valkey:
             if first <= slot <= last:
                 return next(server for server in cluster if server.port == port)
     raise AssertionError
-
-
-async def hand_back(cluster: list[Valkey], client: RedisClient, slot: int, home: Valkey, away: Valkey) -> None:
-    """The other tests want the cluster as it was."""
-    with home.client() as target, away.client() as source:
-        number = str(target.execute_command("CLUSTER", "MYID").decode())
-        if names := source.keys("*{3}*"):
-            source.delete(*names)
-        for admin in (target, source):
-            admin.execute_command("CLUSTER", "SETSLOT", slot, "NODE", number)
 
 
 async def test_sentinel_names_another_master(tmp_path: Path) -> None:
