@@ -27,7 +27,7 @@ up: setup ## indexer and router in one process, with three simulated engines
 	@$(BIN)/kvatlas up --simulate 3
 
 test: setup ## all tests that need nothing installed
-	@$(BIN)/python -m pytest -q -n 4 --dist worksteal
+	@$(BIN)/python -m pytest -q -n 3 --dist worksteal
 
 check: setup ## ruff, mypy, import contracts, generated stubs
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
