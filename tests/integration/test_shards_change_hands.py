@@ -14,7 +14,7 @@ from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_indexer.app import Indexer
 from kvatlas_indexer.core import ownership
 from kvatlas_loadtest.chaos.wires import TcpRelay
-from kvatlas_loadtest.engine import EngineConfig
+from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.events import WireVersion
 from kvatlas_loadtest.valkey import Valkey
 from tests.integration.processes import until
@@ -152,7 +152,12 @@ async def test_engines_whose_hashes_cannot_be_reproduced(single: Valkey) -> None
     async with shards(single.url, "one", "two", engines=engines) as run:
         await run.spread()
         await run.load(6)
-        run.truth = lambda engine: {recomputed(run)[engine.address].get(k, 0): n for k, n in engine.block_table().items()}
+
+        def truth(engine: SimulatedEngine) -> dict[int, int]:
+            names = recomputed(run)[engine.address]
+            return {names.get(key, 0): copies for key, copies in engine.block_table().items()}
+
+        run.truth = truth
         await run.agree("after a load")
         assert all("recomputed" in run.profile(engine) for engine in run.engines)
         await run.leave(run.owner(run.engines[0]))
