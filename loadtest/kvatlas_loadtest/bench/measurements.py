@@ -56,6 +56,7 @@ MEASUREMENTS = (
     Measurement("hash", "hashes:rows", ("hash_ms",)),
     Measurement("router", "routing:rows", ("router_added_p50_ms", "router_added_p99_ms", "router_cpu_ms_per_request")),
     Measurement("choosing", "choosing:rows", ("choose_100_engines_ms",)),
+    Measurement("sharing", "sharing:rows", ()),
     Measurement("idle", "idle:rows", ("idle_cores_100_engines",)),
 )
 
