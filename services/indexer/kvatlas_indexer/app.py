@@ -63,7 +63,7 @@ log = logging.getLogger(__name__)
 TICK_S = 0.25
 FLEET_DELAY_S = 0.02  # changes of the fleet are told together
 SCRAPED_DELAY_S = 0.05  # and figures of engines, which are older than that anyway
-LOADS_GAP_S = 0.01
+LOADS_GAP_S = 0.005
 """What routers have in flight is told to the others at once, but no more often: two routers that do not know of each
 other's last request choose the same engine."""
 SWEEP_PARTS = 8  # parts of the key space swept between two turns of the loop

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from kvatlas_common.fleet import EngineView, InFlight, Load
+from kvatlas_common.fleet import EngineView, Load
 from kvatlas_common.history import ESTIMATE_PROFILE, RoutingHistory
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.words import EngineId
@@ -28,6 +28,8 @@ from kvatlas_router.core.slow_start import SlowStart
 BURST_S = 10.0
 """How long a prompt counts as held after it was sent, or its first token came, if no event says so."""
 BURST_BLOCKS_MAX = 16_384  # per engine
+PROGRESS_MAX = 0.95
+"""Of a prompt that is late: what it has still to go is not nothing."""
 STATE_S = 0.02
 BUSY_LEARNING = 0.03
 NO_LOAD = Load()
@@ -160,11 +162,11 @@ class Chooser:
 
     def _state_now(self, view: EngineView, load: Load, now: float) -> EngineState:
         speed = self.rates.of(view.id)
-        ours, others = self.books.of(view.id, now, speed.token_s), load.others
+        ours, others = self.books.of(view.id, now), load.others
         pending, decoding = ours.pending + others.prefilling, ours.decoding + others.decoding
         foreign = self._foreign.at(view.id, load, pending + decoding)
         ahead = Ahead(
-            _still_to_compute(ours, others) + int(foreign.waiting * self._prompt_tokens),
+            _still_to_compute(ours, load, speed.token_s, now) + int(foreign.waiting * self._prompt_tokens),
             pending + foreign.waiting,
             decoding + foreign.running,
             ours.late_s,
@@ -187,16 +189,15 @@ class Chooser:
         return found
 
 
-def _still_to_compute(ours: Occupancy, others: InFlight) -> int:
-    """Prompt tokens. One prompt is being computed: ours or theirs, as likely as there are of each. How far ours has got
-    the books know; theirs, half on average.
+def _still_to_compute(ours: Occupancy, load: Load, token_s: float, now: float) -> int:
+    """Prompt tokens of all routers. One prompt is being computed: another router's, if we are told of one, else the
+    oldest of ours, though not before what others had there was computed.
     """
-    if not others.prefilling:
-        return ours.queued_tokens - int(ours.computed)
-    theirs = others.prefill_tokens / others.prefilling / 2
-    pending = ours.pending + others.prefilling
-    computed = (ours.computed * ours.pending + theirs * others.prefilling) / pending
-    return max(ours.queued_tokens + others.prefill_tokens - int(computed), 0)
+    queued = ours.queued_tokens + load.others.prefill_tokens
+    tokens, since = load.head.tokens, load.head.since
+    if not tokens and ours.head_since is not None:
+        tokens, since = ours.head_tokens, max(ours.head_since, since)
+    return queued - int(min((now - since) / token_s, tokens * PROGRESS_MAX)) if tokens else queued
 
 
 def _profile(view: EngineView, ask: Ask) -> str:
