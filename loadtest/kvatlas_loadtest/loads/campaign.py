@@ -12,16 +12,13 @@ from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
-from kvatlas_loadtest.loads.checks import PERFECT, STALE
+from kvatlas_loadtest.loads.checks import DEAF, PERFECT, STALE
 from kvatlas_loadtest.loads.figures import Figures, figures
 from kvatlas_loadtest.loads.outcomes import to_json
 from kvatlas_loadtest.loads.report import REFERENCE
 from kvatlas_loadtest.loads.settings import Settings
 from kvatlas_loadtest.loads.simulation import Simulation
 from kvatlas_loadtest.loads.workloads import workload
-
-VARIED = (REFERENCE, "hot-prefix", "bursts")
-"""Workloads on which late knowledge costs most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +42,13 @@ class Job:
 
 
 def variants(settings: Settings) -> Mapping[str, Settings]:
-    """`precise` where everything is known at once, and where four routers hear of loads and of each other late."""
+    """`precise` where everything is known at once, where four routers choose by loads 200 ms old, and where
+    they hear of each other's requests as late, too.
+    """
     return {
         PERFECT: replace(settings, routers=1, event_delay_s=0.0, scrape_s=0.02, share_s=0.0),
-        STALE: replace(settings, routers=4, scrape_s=0.2, share_s=0.2),
+        STALE: replace(settings, routers=4, scrape_s=0.2),
+        DEAF: replace(settings, routers=4, scrape_s=0.2, share_s=0.2),
     }
 
 
@@ -66,7 +66,7 @@ def jobs(
     return [
         Job(policy, name, scale, replace(others.get(policy, settings), seed=seed), runs_to)
         for name, scale in workloads.items()
-        for policy in (*policies, *(others if name in VARIED else ()))
+        for policy in (*policies, *others)
         for seed in seeds
     ]
 

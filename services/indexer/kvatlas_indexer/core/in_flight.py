@@ -51,7 +51,7 @@ class _Sum:
 
 @dataclass(slots=True)
 class _Queue:
-    """Of one engine, all routers' requests without a first token, the oldest first, and since when that is the first."""
+    """One engine's requests without a first token, of all routers, the oldest first; `since` when that is the first."""
 
     waiting: dict[_Request, None]
     since: float

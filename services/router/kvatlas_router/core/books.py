@@ -5,8 +5,8 @@ ends a request (an error, a disconnect, a retry on another engine) takes it off 
 when they leave the fleet.
 
 Of an engine's pending prompts the oldest, the *head*, is being computed: it has got as far as the engine's rate and the
-time since it became the oldest allow. An answer that does not stream shows its first token with its last, so such a request
-counts as decoding once the time its prompt was expected to take has passed.
+time since it became the oldest allow. An answer that does not stream shows its first token with its last, so such a
+request counts as decoding once the time its prompt was expected to take has passed.
 """
 
 from __future__ import annotations
