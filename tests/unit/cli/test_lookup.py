@@ -1,4 +1,4 @@
-"""Questions as they are written, answers as they are shown, and servers that are not there or not what they should be."""
+"""Questions as written, answers as shown, and servers that are not there or not what they should be."""
 
 from __future__ import annotations
 
