@@ -108,7 +108,7 @@ async def ingested(folder: Path, prompts: Sequence[Sequence[Prompt]], shards: in
         if shards:
             server = await enter(valkey(folder))
             told, server_pid = [*told, "--store", server.url], server.pid
-            names = _names(stubs.addresses, shards)
+            names = even_names(stubs.addresses, shards)
             services = [await enter(indexer(folder, *told, "--shard", name, name=name)) for name in names]
             owners = [services[names.index(winner(feed.address, names) or "")] for feed in made]
         else:
@@ -156,7 +156,7 @@ async def _send(made: Sequence[Feed], prompts: Sequence[Sequence[Prompt]]) -> No
         await asyncio.sleep(0)
 
 
-def _names(addresses: Sequence[str], shards: int) -> list[str]:
+def even_names(addresses: Sequence[str], shards: int) -> list[str]:
     """Shard names by which each gets as many engines: what is measured is not the luck of the draw."""
     for attempt in count():
         names = [f"shard-{attempt}-{number}" for number in range(shards)]
