@@ -20,6 +20,7 @@ from kvatlas_loadtest.chaos.load import Load, Shape
 from kvatlas_loadtest.process import UNSOUND, ProcessFailed
 from kvatlas_loadtest.soak.load import asked
 from kvatlas_loadtest.soak.samples import Sample, Watched, sample
+from kvatlas_loadtest.soak.verdict import keys_most
 
 ENGINES, ROUTERS, SHARDS = 4, 2, 2
 LOOKUP_DEADLINE_MS = "200"
@@ -71,6 +72,8 @@ async def run(wanted: Wanted, folder: Path, teller: Teller) -> Soaked:
         await load.pause()
         soaked.figures = Figures.of(load.exchanges)
     soaked.troubles += _troubles(soaked.figures, folder)
+    if (keys := keys_most(soaked.samples)) > ENGINES * wanted.blocks:
+        soaked.troubles.append(f"{keys} block keys in the index, more than the {ENGINES * wanted.blocks} engines have")
     return soaked
 
 
