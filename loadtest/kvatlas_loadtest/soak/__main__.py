@@ -8,7 +8,7 @@ rest says what has risen.
 A process leaks where, over the measured part, its memory rises by more than 2 % or 5 MB, whichever is more, its open
 files or sockets by more than 4, its threads by more than 1, or its asyncio tasks by more than 4; and by more than three
 standard errors of the line. The index must never hold more keys than the engines have blocks. The engines are
-simulated, so theirs is only told.
+simulated, and keep their last 10,000 batches of events for replay: what they use is only told.
 """
 
 from __future__ import annotations

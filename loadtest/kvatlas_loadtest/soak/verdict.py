@@ -39,7 +39,7 @@ class Fit:
     def of(cls, points: Sequence[tuple[float, float]]) -> Fit:
         """(seconds, value) in order of time. Raises `ValueError` for fewer than three, or none of them later."""
         if len(points) < SAMPLES_MIN or any(after[0] <= before[0] for before, after in pairwise(points)):
-            raise ValueError(f"no line through {len(points)} samples")
+            raise ValueError(f"no line through {len(points)} samples: let it run longer, or sample more often")
         count = len(points)
         x_mean = sum(x for x, _ in points) / count
         y_mean = sum(y for _, y in points) / count
