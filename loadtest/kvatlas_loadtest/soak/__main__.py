@@ -5,9 +5,8 @@ engines in one process. Every few seconds each process's resident memory, open f
 tasks are read, and the block keys in the index. The first fifth of the time is warm-up; a straight line through the
 rest says what has risen.
 
-A process leaks where, over the measured part, its memory rises by more than 2 % or 5 MB, whichever is more, its open
-files or sockets by more than 4, its threads by more than 1, or its asyncio tasks by more than 4; and by more than three
-standard errors of the line. The index must never hold more keys than the engines have blocks. The engines are
+A process leaks where, over the measured part, its memory rises by more than 2 % or 5 MB, whichever is more, or its open
+files, sockets, threads or asyncio tasks by more than 4; and by more than three standard errors of the line. The index must never hold more keys than the engines have blocks. The engines are
 simulated, and keep their last 10,000 batches of events for replay: what they use is only told.
 """
 

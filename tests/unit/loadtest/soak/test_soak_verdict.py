@@ -78,7 +78,7 @@ def test_memory_may_grow_by_two_per_cent_or_five_megabytes(memory: Callable[[flo
 
 
 def test_files_threads_and_tasks_must_not_rise() -> None:
-    rising = {"files": 20, "threads": 5, "tasks": 30}
+    rising = {"files": 20, "threads": 10, "tasks": 30}
     flat = of(samples(**{name: lambda at, n=n: n for name, n in rising.items()}))  # type: ignore[misc]
     assert [verdict.what for verdict in flat.values() if verdict.leaks] == []
     leaking = of(samples(**{name: lambda at, n=n: n * (1 + at / 600) for name, n in rising.items()}))  # type: ignore[misc]
