@@ -6,8 +6,9 @@ tasks are read, and the block keys in the index. The first fifth of the time is 
 rest says what has risen.
 
 A process leaks where, over the measured part, its memory rises by more than 2 % or 5 MB, whichever is more, or its open
-files, sockets, threads or asyncio tasks by more than 4; and by more than three standard errors of the line. The index must never hold more keys than the engines have blocks. The engines are
-simulated, and keep their last 10,000 batches of events for replay: what they use is only told.
+files, sockets, threads or asyncio tasks by more than 4; and by more than three standard errors of the line. The index
+must never hold more keys than the engines have blocks. The engines are simulated, and keep their last 10,000 batches of
+events for replay: what they use is only told.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from kvatlas_loadtest.prompting import Prompter
 
 NEW_TOKENS = 256
 WARM_UP = 3
+WARM_REQUESTS = 60
 READ_SHARE = 0.1
 """Of what a prompt costs that is new, at most this share may come with the length of one that is not: it is read."""
 
@@ -50,6 +51,8 @@ async def router_by_tokens(options: Options) -> Curve:
             await hold(made[0], its, prompter)
             await until(lambda its=its: predicted(through, its), "the prompt to be found in the index")  # type: ignore[misc]
             count = options.count(30 if tokens < 50_000 else 15, 3)
+            if not curve.points:  # a router's first requests find nothing warm
+                await _added_ms(engine, through, routing.pid, its.body, options.count(WARM_REQUESTS, 1))
             seen_ms, seen_cpu = await _added_ms(engine, through, routing.pid, its.body, count)
             new_ms, new_cpu = await _added_ms(engine, through, routing.pid, lambda its=its: _fresh(its), count)  # type: ignore[misc]
             curve.points[tokens + NEW_TOKENS] = (seen_ms, new_ms, seen_cpu, new_cpu)
