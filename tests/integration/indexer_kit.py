@@ -60,6 +60,8 @@ class ScriptedIndexer(rpc.KvIndexServicer):
     asked: list[pb.MatchRequest] = field(default_factory=list)
     observed: list[Observation] = field(default_factory=list)
     port: int = 0
+    streams: bool = True  # whether it has the stream of lookups
+    streamed: int = 0  # how many of them it was asked for
     _server: grpc.aio.Server | None = None
     _told: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -89,6 +91,23 @@ class ScriptedIndexer(rpc.KvIndexServicer):
         async with self._told:
             self.views = views
             self._told.notify_all()
+
+    async def MatchStream(self, stream: AsyncIterator[pb.StreamedMatch], context: Any) -> None:
+        if not self.streams:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "of an earlier version")
+        await context.send_initial_metadata(())
+        self.streamed += 1
+        answering = set()
+
+        async def answer(asked: pb.StreamedMatch) -> None:
+            try:
+                response = await self.Match(asked.request, None)
+                await context.write(pb.StreamedMatchAnswer(id=asked.id, response=response))
+            except ValueError as error:
+                await context.write(pb.StreamedMatchAnswer(id=asked.id, refusal=pb.Refusal(code=2, details=str(error))))
+
+        async for asked in stream:
+            answering.add(asyncio.create_task(answer(asked)))
 
     async def Match(self, request: pb.MatchRequest, context: Any) -> pb.MatchResponse:
         self.asked.append(request)

@@ -19,7 +19,8 @@ from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as pb_grpc
 from kvatlas_common.words import KEY_MASK, EngineId, Medium
 from kvatlas_indexer.adapters.addresses import AddressUnavailable
-from kvatlas_indexer.adapters.grpc_server import PROFILES_MAX, ROUTER_METADATA, SERVICE, GrpcOptions, GrpcServer
+from kvatlas_indexer.adapters.grpc_server import ROUTER_METADATA, SERVICE, GrpcOptions, GrpcServer
+from kvatlas_indexer.adapters.matches import PROFILES_MAX
 from kvatlas_indexer.core.contracts import FleetDelta, UnknownModel
 
 DEADLINE_S = 10.0
@@ -163,6 +164,79 @@ async def test_what_cannot_be_answered_is_told_why(
     assert refusal.value.code() is grpc.StatusCode[code]
     assert said in (refusal.value.details() or "")
     assert running.index.asked == []
+
+
+class Streaming:
+    """A stream of lookups."""
+
+    def __init__(self, running: Running) -> None:
+        self.call = running.stub.MatchStream()
+
+    async def ask(self, number: int, request: pb.MatchRequest) -> None:
+        await self.call.write(pb.StreamedMatch(id=number, request=request))
+
+    async def answer(self) -> pb.StreamedMatchAnswer:
+        async with asyncio.timeout(DEADLINE_S):
+            answer: pb.StreamedMatchAnswer = await self.call.read()
+            return answer
+
+
+async def test_lookups_over_a_stream_are_answered_as_calls_are(running: Running) -> None:
+    streaming, request = Streaming(running), wire.match_request("m", {PROFILE: [1, 2]}, [FIRST])
+    await streaming.ask(7, request)
+    answer = await streaming.answer()
+    assert (answer.id, answer.response) == (7, await running.stub.Match(request))
+    await streaming.ask(8, wire.match_request("who?", {PROFILE: [1]}))
+    await streaming.ask(9, pb.MatchRequest(model="m", prompts=[PROMPT] * (PROFILES_MAX + 1)))
+    refused = {answer.id: answer.refusal for answer in [await streaming.answer(), await streaming.answer()]}
+    assert refused[8] == pb.Refusal(code=5, details="model: no engine serves 'who?'")
+    assert refused[9].code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    streaming.call.cancel()
+
+
+async def test_a_lookup_does_not_wait_for_the_one_before(running: Running) -> None:
+    streaming = Streaming(running)
+    running.index.may_answer.clear()
+    await streaming.ask(1, wire.match_request("m", {PROFILE: [1]}))
+    await streaming.ask(2, wire.match_request("who?", {PROFILE: [1]}))
+    assert (await streaming.answer()).id == 2
+    running.index.may_answer.set()
+    assert (await streaming.answer()).id == 1
+    streaming.call.cancel()
+
+
+async def test_a_defect_costs_its_lookup_and_not_the_stream(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    streaming = Streaming(running)
+
+    async def broken(*_: object, **__: object) -> MatchAnswer:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running.index, "match", broken)
+        await streaming.ask(1, wire.match_request("m", {PROFILE: [1]}))
+        assert (await streaming.answer()).refusal.code == grpc.StatusCode.UNKNOWN.value[0]
+    assert "a lookup failed" in caplog.text
+    await streaming.ask(2, wire.match_request("m", {PROFILE: [1]}))
+    assert (await streaming.answer()).HasField("response")
+    streaming.call.cancel()
+
+
+async def test_a_drain_answers_what_a_stream_has_asked_and_ends_it(running: Running) -> None:
+    streaming = Streaming(running)
+    running.index.may_answer.clear()
+    await streaming.ask(1, wire.match_request("m", {PROFILE: [1]}))
+    async with asyncio.timeout(DEADLINE_S):
+        await running.index.being_asked.wait()
+    stopping = asyncio.create_task(running.server.stop(DEADLINE_S))
+    await asyncio.sleep(0)
+    running.index.may_answer.set()
+    assert (await streaming.answer()).id == 1
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await streaming.call.read()
+    assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+    await stopping
 
 
 async def test_a_lookup_of_the_largest_size_is_answered(running: Running) -> None:

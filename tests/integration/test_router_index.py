@@ -107,6 +107,42 @@ async def test_empty_is_a_prediction_and_unknown_is_none() -> None:
         assert "x-kvatlas-cached-tokens" not in headers
 
 
+async def lookups_are_streamed(indexer: ScriptedIndexer, run: Running) -> None:
+    await eventually(lambda: all(s._stream.up for s in run.router.index._shards.values()), "a stream of lookups")
+
+
+async def test_lookups_go_over_one_stream_and_its_loss_costs_no_request() -> None:
+    indexer = ScriptedIndexer()
+    async with fleet(indexer) as (run, one, _):
+        indexer.match = saying((one, 5))
+        await lookups_are_streamed(indexer, run)
+        for _ in range(3):
+            _, headers, _ = await run.post("/v1/completions", TOKENS)
+            assert headers["x-kvatlas-reason"] == "precise"
+        assert indexer.streamed == 1
+        indexer.match = never
+        asking = asyncio.create_task(run.post("/v1/completions", TOKENS))
+        await eventually(lambda: len(indexer.asked) == 4, "a lookup that is not answered")
+        await indexer.stop()
+        _, headers, _ = await asking
+        assert headers["x-kvatlas-reason"] == "affinity:index-unavailable"
+        indexer.match = saying((one, 5))
+        await indexer.start()
+        await lookups_are_streamed(indexer, run)
+        async with asyncio.timeout(DEADLINE_S):
+            while (await run.post("/v1/completions", TOKENS))[1]["x-kvatlas-reason"] != "precise":
+                pass
+
+
+async def test_an_indexer_of_an_earlier_version_is_asked_call_by_call() -> None:
+    indexer = ScriptedIndexer(streams=False)
+    async with fleet(indexer) as (run, one, _):
+        indexer.match = saying((one, 5))
+        _, headers, _ = await run.post("/v1/completions", TOKENS)
+        assert headers["x-kvatlas-reason"] == "precise"
+        assert indexer.streamed == 0
+
+
 async def failing(_: pb.MatchRequest) -> MatchAnswer:
     raise ValueError("an indexer with a defect")
 
@@ -234,6 +270,6 @@ async def test_a_model_the_index_does_not_know_goes_by_affinity() -> None:
         async def Match(self, request: pb.MatchRequest, context: grpc.aio.ServicerContext[object, object]) -> None:  # type: ignore[override]
             await context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
 
-    async with fleet(Strict()) as (run, _, _):
+    async with fleet(Strict(streams=False)) as (run, _, _):
         status, headers, _ = await run.post("/v1/completions", TOKENS)
         assert (status, headers["x-kvatlas-reason"]) == (200, "affinity:unknown-model")

@@ -29,14 +29,13 @@ from kvatlas_common import wire
 from kvatlas_common.logs import LimitedLog
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as pb_grpc
-from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.addresses import AddressUnavailable, unavailable
-from kvatlas_indexer.core.contracts import FleetDelta, Index, IndexUnavailable, Reports, UnknownModel
+from kvatlas_indexer.adapters.matches import PROFILES_MAX, Matches
+from kvatlas_indexer.core.contracts import FleetDelta, Index, Reports
 
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["KvIndex"].full_name
-PROFILES_MAX = 16
 MESSAGE_OVERHEAD_BYTES = 1 << 20  # names, engine subsets, framing
 LOG_INTERVAL_S = 30.0  # what anybody can cause is logged so often
 ROUTER_CHARS_MAX = 256
@@ -170,29 +169,16 @@ class _KvIndex(pb_grpc.KvIndexServicer):
     ) -> None:
         self._index = index
         self._reports = reports
-        self._options = options
+        self._matches = Matches(index, options.keys_max, draining)
         self._observed = observed
         self._draining = draining
         self._limited = limited
 
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchResponse:
-        keys_max = self._options.keys_max
-        if len(request.prompts) > PROFILES_MAX or any(len(p.keys) > keys_max * 8 for p in request.prompts):
-            await context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"prompts: at most {PROFILES_MAX} hash profiles of {keys_max} keys each",
-            )
-        try:
-            model, prompts, engines = _lookup(request)
-        except ValueError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        try:
-            answer = await self._index.match(model, prompts, engines, estimate=request.estimate)
-        except UnknownModel:
-            await context.abort(grpc.StatusCode.NOT_FOUND, f"model: no engine serves {model!r}")
-        except IndexUnavailable as error:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
-        return wire.match_response(answer)
+        return await self._matches.one(request, context)
+
+    async def MatchStream(self, requests: AsyncIterator[pb.StreamedMatch], context: Context) -> None:
+        await self._matches.stream(requests, context)
 
     async def WatchFleet(self, request: pb.WatchFleetRequest, context: Context) -> AsyncIterator[pb.FleetUpdate]:
         router = request.router[:ROUTER_CHARS_MAX]
@@ -240,27 +226,6 @@ def _router(context: Context) -> str:
         if name == ROUTER_METADATA and isinstance(value, str) and value:
             return value[:ROUTER_CHARS_MAX]
     return context.peer()
-
-
-def _lookup(request: pb.MatchRequest) -> tuple[str, dict[str, list[int]], tuple[EngineId, ...]]:
-    """Raises `ValueError` that names the field."""
-    if not request.model:
-        raise ValueError("model: not given")
-    if not request.prompts:
-        raise ValueError("prompts: none given")
-    prompts: dict[str, list[int]] = {}
-    for number, prompt in enumerate(request.prompts):
-        if not prompt.profile:
-            raise ValueError(f"prompts[{number}].profile: not given")
-        try:
-            prompts[prompt.profile] = wire.unpack_keys(prompt.keys)
-        except ValueError as error:
-            raise ValueError(f"prompts[{number}].{error}") from error
-    try:
-        engines = tuple(EngineId.parse(engine) for engine in request.engines)
-    except ValueError as error:
-        raise ValueError(f"engines: {error}") from error
-    return request.model, prompts, engines
 
 
 async def _until(stop: asyncio.Event, items: AsyncIterator[T]) -> AsyncGenerator[T, None]:

@@ -31,6 +31,7 @@ from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as rpc
 from kvatlas_common.wire import engine_load, engine_view, match_answer, match_request, observation_message
 from kvatlas_common.words import EngineId
 from kvatlas_router.adapters import background
+from kvatlas_router.adapters.match_stream import MatchStream, Refused
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.adapters.open_requests import OpenRequests
 from kvatlas_router.core.circuit import Circuit
@@ -100,13 +101,21 @@ class Shard:
             background.start(self._forever("fleet stream", self._watch), f"fleet stream of {address}"),
             background.start(self._forever("observations", self._report), f"observations to {address}"),
         ]
+        self._stream = MatchStream(self._stub)
+        if not interceptors:  # a call that is traced needs metadata of its own
+            self._tasks.append(background.start(self._stream.run(), f"lookups at {address}"))
 
     async def match(self, request: pb.MatchRequest, timeout_s: float) -> MatchAnswer:
         try:
-            response: pb.MatchResponse = await self._stub.Match(request, timeout=timeout_s)
+            if self._stream.up:
+                response = await self._stream.match(request, timeout_s)
+            else:
+                response = await self._stub.Match(request, timeout=timeout_s)
             answer = match_answer(response)
+        except Refused as refused:
+            raise self._failure(refused.code, refused.details) from None
         except grpc.aio.AioRpcError as error:
-            raise self._failure(error) from None
+            raise self._failure(error.code(), error.details() or "") from None
         except ValueError as error:
             raise LookupFailed("index-error", str(error)) from None
         self.circuit.succeeded()
@@ -123,16 +132,15 @@ class Shard:
             await background.stop(task)
         await self._channel.close()
 
-    def _failure(self, error: grpc.aio.AioRpcError) -> LookupFailed:
-        code = error.code()
+    def _failure(self, code: grpc.StatusCode, details: str) -> LookupFailed:
         if code is grpc.StatusCode.NOT_FOUND:
             self.circuit.succeeded()
-            return LookupFailed("unknown-model", error.details() or "")
+            return LookupFailed("unknown-model", details)
         self.circuit.failed(time.monotonic())
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return LookupFailed("deadline", f"{self.address} did not answer in time")
         cause = "index-unavailable" if code is grpc.StatusCode.UNAVAILABLE else "index-error"
-        return LookupFailed(cause, f"{self.address}: {code.name} {error.details()}"[:300])
+        return LookupFailed(cause, f"{self.address}: {code.name} {details}"[:300])
 
     async def _watch(self, connected: Callable[[], None]) -> None:
         try:

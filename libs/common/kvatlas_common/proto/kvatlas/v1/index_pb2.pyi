@@ -58,6 +58,32 @@ class MatchResponse(_message.Message):
     unknown: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, engines: _Optional[_Iterable[_Union[EngineMatch, _Mapping]]] = ..., unknown: _Optional[_Iterable[str]] = ...) -> None: ...
 
+class StreamedMatch(_message.Message):
+    __slots__ = ("id", "request")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    request: MatchRequest
+    def __init__(self, id: _Optional[int] = ..., request: _Optional[_Union[MatchRequest, _Mapping]] = ...) -> None: ...
+
+class StreamedMatchAnswer(_message.Message):
+    __slots__ = ("id", "response", "refusal")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    response: MatchResponse
+    refusal: Refusal
+    def __init__(self, id: _Optional[int] = ..., response: _Optional[_Union[MatchResponse, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("code", "details")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    details: str
+    def __init__(self, code: _Optional[int] = ..., details: _Optional[str] = ...) -> None: ...
+
 class WatchFleetRequest(_message.Message):
     __slots__ = ("router",)
     ROUTER_FIELD_NUMBER: _ClassVar[int]

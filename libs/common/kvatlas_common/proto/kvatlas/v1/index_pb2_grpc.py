@@ -39,6 +39,11 @@ class KvIndexStub:
                 request_serializer=kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.MatchRequest.SerializeToString,
                 response_deserializer=kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.MatchResponse.FromString,
                 _registered_method=True)
+        self.MatchStream = channel.stream_stream(
+                '/kvatlas.v1.KvIndex/MatchStream',
+                request_serializer=kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.StreamedMatch.SerializeToString,
+                response_deserializer=kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.StreamedMatchAnswer.FromString,
+                _registered_method=True)
         self.WatchFleet = channel.unary_stream(
                 '/kvatlas.v1.KvIndex/WatchFleet',
                 request_serializer=kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.WatchFleetRequest.SerializeToString,
@@ -56,6 +61,14 @@ class KvIndexServicer:
 
     def Match(self, request, context):
         """How much of a prompt each engine would serve from its cache. Engines that hold nothing are not listed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MatchStream(self, request_iterator, context):
+        """The same for all lookups of a router, answered as they are done: a call of its own takes gRPC three times as long.
+        The server's initial metadata say that it is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -83,6 +96,11 @@ def add_KvIndexServicer_to_server(servicer, server):
                     servicer.Match,
                     request_deserializer=kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.MatchRequest.FromString,
                     response_serializer=kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.MatchResponse.SerializeToString,
+            ),
+            'MatchStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.MatchStream,
+                    request_deserializer=kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.StreamedMatch.FromString,
+                    response_serializer=kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.StreamedMatchAnswer.SerializeToString,
             ),
             'WatchFleet': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchFleet,
@@ -122,6 +140,33 @@ class KvIndex:
             '/kvatlas.v1.KvIndex/Match',
             kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.MatchRequest.SerializeToString,
             kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.MatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MatchStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/kvatlas.v1.KvIndex/MatchStream',
+            kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.StreamedMatch.SerializeToString,
+            kvatlas__common_dot_proto_dot_kvatlas_dot_v1_dot_index__pb2.StreamedMatchAnswer.FromString,
             options,
             channel_credentials,
             insecure,

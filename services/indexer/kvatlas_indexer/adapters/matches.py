@@ -1,0 +1,125 @@
+"""Lookups over gRPC: one a call, or all of a router's over one stream, which costs gRPC a third."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvatlas_common import wire
+from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
+from kvatlas_common.words import EngineId
+from kvatlas_indexer.core.contracts import Index, IndexUnavailable, UnknownModel
+
+log = logging.getLogger(__name__)
+
+PROFILES_MAX = 16
+AT_ONCE_MAX = 256  # of one stream; more are not read before one is answered
+
+_DEFECT = pb.Refusal(code=grpc.StatusCode.UNKNOWN.value[0], details="an error of the indexer's own; its log has more")
+Context = grpc.aio.ServicerContext[object, object]
+
+
+class _Refused(Exception):
+    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        super().__init__(details)
+        self.code = code
+        self.details = details
+
+
+class Matches:
+    """`keys_max`: of one prompt. When `draining` is set streams end, once what they were asked is answered."""
+
+    def __init__(self, index: Index, keys_max: int, draining: asyncio.Event) -> None:
+        self._index = index
+        self._keys_max = keys_max
+        self._draining = draining
+
+    async def one(self, request: pb.MatchRequest, context: Context) -> pb.MatchResponse:
+        try:
+            return await self._answer(request)
+        except _Refused as refused:
+            await context.abort(refused.code, refused.details)
+
+    async def stream(self, requests: AsyncIterator[pb.StreamedMatch], context: Context) -> None:
+        await context.send_initial_metadata(())
+        answering: set[asyncio.Task[None]] = set()
+        reading = asyncio.create_task(self._read(requests, context, answering))
+        drained = asyncio.create_task(self._draining.wait())
+        try:
+            await asyncio.wait((reading, drained), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                if answering:
+                    await asyncio.wait(answering)
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
+            await reading
+            if answering:
+                await asyncio.wait(answering)
+        finally:
+            for task in (reading, drained, *answering):
+                task.cancel()
+
+    async def _read(
+        self, requests: AsyncIterator[pb.StreamedMatch], context: Context, answering: set[asyncio.Task[None]]
+    ) -> None:
+        writing = asyncio.Lock()
+        async for asked in requests:
+            task = asyncio.create_task(self._answered(asked, context, writing))
+            answering.add(task)
+            task.add_done_callback(answering.discard)
+            if len(answering) >= AT_ONCE_MAX:
+                await asyncio.wait(answering, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _answered(self, asked: pb.StreamedMatch, context: Context, writing: asyncio.Lock) -> None:
+        try:
+            answer = pb.StreamedMatchAnswer(id=asked.id, response=await self._answer(asked.request))
+        except _Refused as refused:
+            number: int = refused.code.value[0]
+            answer = pb.StreamedMatchAnswer(id=asked.id, refusal=pb.Refusal(code=number, details=refused.details))
+        except Exception:  # as of a call of its own
+            log.exception("a lookup failed")
+            answer = pb.StreamedMatchAnswer(id=asked.id, refusal=_DEFECT)
+        with contextlib.suppress(grpc.aio.UsageError, asyncio.InvalidStateError):  # who asked is gone
+            async with writing:
+                await context.write(answer)
+
+    async def _answer(self, request: pb.MatchRequest) -> pb.MatchResponse:
+        """Raises `_Refused`."""
+        if len(request.prompts) > PROFILES_MAX or any(len(p.keys) > self._keys_max * 8 for p in request.prompts):
+            limits = f"at most {PROFILES_MAX} hash profiles of {self._keys_max} keys each"
+            raise _Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, f"prompts: {limits}")
+        try:
+            model, prompts, engines = _lookup(request)
+        except ValueError as error:
+            raise _Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
+        try:
+            answer = await self._index.match(model, prompts, engines, estimate=request.estimate)
+        except UnknownModel:
+            raise _Refused(grpc.StatusCode.NOT_FOUND, f"model: no engine serves {model!r}") from None
+        except IndexUnavailable as error:
+            raise _Refused(grpc.StatusCode.UNAVAILABLE, str(error)) from None
+        return wire.match_response(answer)
+
+
+def _lookup(request: pb.MatchRequest) -> tuple[str, dict[str, list[int]], tuple[EngineId, ...]]:
+    """Raises `ValueError` that names the field."""
+    if not request.model:
+        raise ValueError("model: not given")
+    if not request.prompts:
+        raise ValueError("prompts: none given")
+    prompts: dict[str, list[int]] = {}
+    for number, prompt in enumerate(request.prompts):
+        if not prompt.profile:
+            raise ValueError(f"prompts[{number}].profile: not given")
+        try:
+            prompts[prompt.profile] = wire.unpack_keys(prompt.keys)
+        except ValueError as error:
+            raise ValueError(f"prompts[{number}].{error}") from error
+    try:
+        engines = tuple(EngineId.parse(engine) for engine in request.engines)
+    except ValueError as error:
+        raise ValueError(f"engines: {error}") from error
+    return request.model, prompts, engines
