@@ -13,7 +13,8 @@ class Soon:
         self._act = act
         self._gap_s = gap_s
         self._last = float("-inf")
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
+        self._due = 0.0  # of the timer: uvloop's do not all tell
         self._stopped = False
 
     def within(self, delay_s: float) -> None:
@@ -23,10 +24,10 @@ class Soon:
         loop = asyncio.get_running_loop()
         due = max(loop.time() + delay_s, self._last + self._gap_s)
         if self._timer is not None:
-            if self._timer.when() <= due:
+            if self._due <= due:
                 return
             self._timer.cancel()
-        self._timer = loop.call_at(due, self._do)
+        self._timer, self._due = loop.call_at(due, self._do), due
 
     def stop(self) -> None:
         """It is not done any more."""

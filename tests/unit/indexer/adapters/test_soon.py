@@ -1,11 +1,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+
+import pytest
+import uvloop
 
 from kvatlas_indexer.adapters.soon import Soon
 
 
-async def test_is_done_once_for_all_that_asked_and_at_once_where_it_was_not_done_lately() -> None:
+@pytest.mark.parametrize("loop_of", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_is_done_once_for_all_that_asked_and_at_once_where_it_was_not_done_lately(
+    loop_of: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    with asyncio.Runner(loop_factory=loop_of) as runner:
+        runner.run(_done_once())
+
+
+async def _done_once() -> None:
     loop, done, came = asyncio.get_running_loop(), asyncio.Event(), []
 
     def act() -> None:
