@@ -10,7 +10,7 @@ from kvatlas_indexer.adapters.soon import Soon
 
 
 @pytest.mark.parametrize("loop_of", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_is_done_once_for_all_that_asked_and_at_once_where_it_was_not_done_lately(
+def test_is_done_once_for_all_that_asked_and_at_once_if_not_lately(
     loop_of: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     with asyncio.Runner(loop_factory=loop_of) as runner:
