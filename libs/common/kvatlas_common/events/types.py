@@ -18,7 +18,7 @@ _decode_tokens = msgspec.msgpack.Decoder(list[int]).decode
 decode_any = msgspec.msgpack.Decoder().decode
 
 
-def array_length(raw: msgspec.Raw) -> int:
+def array_length(raw: msgspec.Raw | bytes) -> int:
     """How many items a msgpack array has, from its header alone; 0 where it is none."""
     head = bytes(memoryview(raw)[:5])
     if head and 0x90 <= head[0] <= 0x9F:
