@@ -6,8 +6,9 @@ fields and unknown keys are ignored. Two rules shape this module:
 
 - one bad event costs that event, not its batch: it ends up in `EventBatch.rejected`, its siblings in `events`;
 - token ids are most of the bytes and seldom needed: they stay undecoded (`msgspec.Raw`) until someone asks. Skipping
-  them is most of the work, so a batch is read in one pass as long as all of it is well; where it is not, its events are
-  told apart first and read one by one, with the same result for those that can be read.
+  them is most of the work: where that can be they are taken out beforehand (`token_ids`), and a batch is read in one
+  pass as long as all of it is well. Where it is not, its events are told apart first and read one by one, with the same
+  result for those that can be read.
 
 Arbitrary bytes raise nothing but `MalformedBatch`. Source: vLLM 0.10 - 0.32 `distributed/kv_events.py`.
 """
@@ -20,6 +21,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from kvatlas_common.events.token_ids import STAND_IN, taken_out
 from kvatlas_common.events.types import (
     FOREIGN_ERRORS,
     AllBlocksCleared,
@@ -156,9 +158,27 @@ def _at_once(payload: bytes) -> _MapBatch | _ArrayBatch | None:
     if array_length(head[_EVENTS_AT:]) > EVENTS_MAX:
         return None
     try:
-        return _decode_maps(payload) if head[first] in _MAP_STARTS else _decode_arrays(payload)
+        if head[first] in _MAP_STARTS:
+            return _without_tokens(payload) or _decode_maps(payload)
+        return _decode_arrays(payload)
     except FOREIGN_ERRORS:
         return None
+
+
+def _without_tokens(payload: bytes) -> _MapBatch | None:
+    """None where the token ids cannot be told from the rest: see `token_ids`."""
+    if (found := taken_out(payload)) is None:
+        return None
+    try:
+        batch = _decode_maps(found[0])
+    except FOREIGN_ERRORS:
+        return None
+    stored = [event for event in batch.events if isinstance(event, _Stored)]
+    if len(stored) != len(found[1]) or any(bytes(event.token_ids) != STAND_IN for event in stored):
+        return None
+    for event, tokens in zip(stored, found[1], strict=True):
+        event.token_ids = msgspec.Raw(tokens)
+    return batch
 
 
 def _one_by_one(payload: bytes) -> tuple[float, int | None, list[Event | RejectedEvent]]:

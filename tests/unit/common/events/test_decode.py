@@ -382,7 +382,14 @@ def test_no_bytes_raise_anything_else(payload: bytes) -> None:
 # -- at once, or one by one --------------------------------------------------------------------------------------------
 
 ARRAYS = [ARRAY_010, ARRAY_011, ARRAY_016, ARRAY_022, ["BlockRemoved", [1, -2, bytes(32)]], ["AllBlocksCleared"]]
-MAPS = [MAP_027, MAP_032, {"type": "BlockRemoved", "block_hashes": [1], "medium": "TAPE"}, {"type": "AllBlocksCleared"}]
+LONG = {**MAP_032, "token_ids": list(range(70_000, 70_400)), "block_size": 200}
+MAPS = [
+    MAP_027,
+    MAP_032,
+    LONG,
+    {"type": "BlockRemoved", "block_hashes": [1], "medium": "TAPE"},
+    {"type": "AllBlocksCleared"},
+]
 WELL = st.one_of(st.lists(st.sampled_from(ARRAYS), max_size=20), st.lists(st.sampled_from(MAPS), max_size=20))
 NOT_WELL = st.lists(st.sampled_from([*ARRAYS, *MAPS, *BAD.values(), ["BlockMoved", 1]]), max_size=20)
 TAILS = st.sampled_from([(), (None,), (3,), (3, "later"), (-1,), ("a",)])
@@ -395,6 +402,19 @@ def outcome(payload: bytes) -> EventBatch | str:
         return str(error)
 
 
+def has_unreadable_tokens(found: EventBatch | str) -> bool:
+    """They are not looked at with the rest, so that they are no msgpack shows when somebody asks for them."""
+    if isinstance(found, str):
+        return False
+    for event in found.events:
+        if isinstance(event, BlockStored):
+            try:
+                event.token_ids()
+            except MalformedBatch:
+                return True
+    return False
+
+
 @settings(max_examples=400, deadline=None)
 @given(
     st.one_of(mutated(), st.builds(lambda events, tail: pack([1.0, events, *tail]), WELL | NOT_WELL, TAILS)),
@@ -403,7 +423,8 @@ def outcome(payload: bytes) -> EventBatch | str:
 def test_reading_all_events_at_once_gives_what_reading_them_one_by_one_does(payload: bytes, head: bytes) -> None:
     usual = head + b"\xcb" + struct.pack(">d", 5.0) + payload[10:]
     unusual = head + b"\xcf" + struct.pack(">Q", 5) + payload[10:]  # a whole number for a time: one by one
-    assert outcome(usual) == outcome(unusual)
+    at_once, one_by_one = outcome(usual), outcome(unusual)
+    assert at_once == one_by_one or (isinstance(one_by_one, str) and has_unreadable_tokens(at_once))
 
 
 def test_equal_events_have_the_same_bytes_of_tokens() -> None:
