@@ -270,10 +270,12 @@ def _key(value: int | bytes) -> int:
 
 
 def _keys(hashes: list[int | bytes]) -> list[int]:
-    for value in hashes:
-        if type(value) is not int or value < 0:
-            return [_key(h) for h in hashes]
-    return hashes  # type: ignore[return-value]
+    try:
+        if not hashes or min(hashes) >= 0:  # type: ignore[operator]
+            return hashes  # type: ignore[return-value]
+    except TypeError:  # among them are bytes, which do not compare with a number
+        pass
+    return [_key(h) for h in hashes]
 
 
 def _medium(name: str | None) -> Medium:
