@@ -19,6 +19,8 @@ T = TypeVar("T")
 NO_HEAD = Head()
 
 _engine_id = lru_cache(maxsize=16_384)(EngineId.parse)  # an answer names the same engines as the one before
+_new = tuple.__new__  # what a NamedTuple calls, without the function around it
+_LENGTH_DELIMITED = 2
 _medium = lru_cache(maxsize=len(Medium))(Medium)
 
 
@@ -50,35 +52,55 @@ def match_request(
 
 
 def match_response(answer: MatchAnswer) -> pb.MatchResponse:
-    message = pb.MatchResponse(unknown=[str(e) for e in answer.unknown])
-    for m in answer.matches:  # added in place: half the time of building the parts first
-        engine = message.engines.add(
-            engine=str(m.engine),
-            blocks=m.blocks,
-            exact=m.exact,
-            doubtful=m.doubtful,
-            expected=max(m.expected, m.blocks),
-        )
-        for medium, blocks in m.media.items():
-            engine.media.add(medium=medium, blocks=blocks)
+    """Put together from parts as they are on the wire, most of them seen before: a third of setting field by field."""
+    parts: list[bytes] = []
+    for engine, blocks, media, exact, doubtful, expected in answer.matches:
+        name = _name_field(engine)
+        other = _other_fields(blocks, tuple(media.items()), exact, doubtful, max(expected, blocks))
+        parts += (_engines_field(len(name) + len(other)), name, other)
+    message = pb.MatchResponse.FromString(b"".join(parts))
+    message.unknown.extend(map(str, answer.unknown))
     return message
 
 
+# Messages in parts: of two of one kind, one after the other, protobuf makes one that has the fields of both.
+
+
+@lru_cache(maxsize=16_384)
+def _name_field(engine: EngineId) -> bytes:
+    return pb.EngineMatch(engine=str(engine)).SerializeToString()
+
+
+@lru_cache(maxsize=16_384)
+def _other_fields(
+    blocks: int, media: tuple[tuple[Medium, int], ...], exact: bool, doubtful: int, expected: int
+) -> bytes:
+    return pb.EngineMatch(
+        blocks=blocks,
+        media=[pb.MediumBlocks(medium=medium, blocks=of_medium) for medium, of_medium in media],
+        exact=exact,
+        doubtful=doubtful,
+        expected=expected,
+    ).SerializeToString()
+
+
+@lru_cache(maxsize=1024)
+def _engines_field(length: int) -> bytes:
+    """What comes before one of the engines of an answer: the field's number and kind, and its length as a varint."""
+    field = bytearray([pb.MatchResponse.ENGINES_FIELD_NUMBER << 3 | _LENGTH_DELIMITED])
+    while length > 0x7F:
+        field.append(length & 0x7F | 0x80)
+        length >>= 7
+    field.append(length)
+    return bytes(field)
+
+
 def match_answer(message: pb.MatchResponse) -> MatchAnswer:
-    return MatchAnswer(
-        tuple(
-            EngineMatch(
-                _engine_id(m.engine),
-                m.blocks,
-                {_medium(x.medium): x.blocks for x in m.media},
-                m.exact,
-                m.doubtful,
-                m.expected,
-            )
-            for m in message.engines
-        ),
-        tuple(_engine_id(e) for e in message.unknown),
-    )
+    matches: list[EngineMatch] = []
+    for m in message.engines:
+        media = {_medium(each.medium): each.blocks for each in m.media}
+        matches.append(_new(EngineMatch, (_engine_id(m.engine), m.blocks, media, m.exact, m.doubtful, m.expected)))
+    return MatchAnswer(tuple(matches), tuple([_engine_id(engine) for engine in message.unknown]))
 
 
 def engine_message(view: EngineView) -> pb.Engine:

@@ -67,6 +67,30 @@ def test_a_match_answer_survives_the_wire(found: tuple[EngineMatch, ...], unknow
     answer = MatchAnswer(found, unknown)
     message = pb.MatchResponse.FromString(wire.match_response(answer).SerializeToString())
     assert wire.match_answer(message) == answer
+    assert message == field_by_field(answer)
+
+
+def field_by_field(answer: MatchAnswer) -> pb.MatchResponse:
+    return pb.MatchResponse(
+        engines=[
+            pb.EngineMatch(
+                engine=str(m.engine),
+                blocks=m.blocks,
+                media=[pb.MediumBlocks(medium=medium, blocks=blocks) for medium, blocks in m.media.items()],
+                exact=m.exact,
+                doubtful=m.doubtful,
+                expected=m.expected,
+            )
+            for m in answer.matches
+        ],
+        unknown=map(str, answer.unknown),
+    )
+
+
+@pytest.mark.parametrize("length", [1, 50, 127, 128, 300, 20_000])
+def test_engines_of_any_length_of_name(length: int) -> None:
+    match = EngineMatch(EngineId("h" * length + ":80"), 3, {Medium.GPU: 3}, True, 0, 3)
+    assert wire.match_answer(wire.match_response(MatchAnswer((match, match)))).matches == (match, match)
 
 
 def test_a_match_that_expects_nothing_more_says_so_in_blocks() -> None:

@@ -1,10 +1,14 @@
-"""KV events as types: what an engine says of its cache, whichever vLLM it is."""
+"""KV events as types: what an engine says of its cache, whichever vLLM it is.
+
+Structs, not dataclasses: making a frozen dataclass of 13 fields takes 3.7 us, a struct 0.2.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import msgspec
@@ -18,16 +22,23 @@ _decode_tokens = msgspec.msgpack.Decoder(list[int]).decode
 decode_any = msgspec.msgpack.Decoder().decode
 
 
-def array_length(raw: msgspec.Raw) -> int:
+def array_length(raw: msgspec.Raw | bytes) -> int:
     """How many items a msgpack array has, from its header alone; 0 where it is none."""
-    head = bytes(memoryview(raw)[:5])
-    if head and 0x90 <= head[0] <= 0x9F:
-        return head[0] & 0x0F
-    if len(head) >= 3 and head[0] == 0xDC:
-        return int.from_bytes(head[1:3], "big")
-    if len(head) == 5 and head[0] == 0xDD:
+    head = memoryview(raw)
+    start, size = head[0] if head else 0, len(head)
+    if start == 0xDC and size >= 3:
+        return head[1] << 8 | head[2]
+    if 0x90 <= start <= 0x9F:
+        return start & 0x0F
+    if start == 0xDD and size >= 5:
         return int.from_bytes(head[1:5], "big")
     return 0
+
+
+@lru_cache(maxsize=256)
+def _nils(count: int) -> bytes:
+    """`count` is of an array that is there: no more than it has bytes."""
+    return msgspec.msgpack.encode([None] * count)
 
 
 class Rejection(StrEnum):
@@ -60,8 +71,7 @@ class Topic:
     model: str
 
 
-@dataclass(frozen=True, slots=True)
-class BlockStored:
+class BlockStored(msgspec.Struct, frozen=True, gc=False):
     """Blocks an engine now holds. `keys[i]` is the low 64 bits of hash i; `full[i]` all of it where bytes were sent.
 
     Odd shapes are legal: `token_ids()` may be longer than `keys` cover (window groups skip blocks), or empty with
@@ -99,6 +109,11 @@ class BlockStored:
         """Whether the encoding has the field at all: without it (before vLLM 0.22) salts cannot be seen."""
         return len(bytes(self.raw_extra_keys)) > 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it says of every block that it has no extra keys, as most do; they are not decoded for it."""
+        return bytes(self.raw_extra_keys) == _nils(array_length(self.raw_extra_keys))
+
     def extra_keys(self) -> list[Sequence[Any] | None] | None:
         """Per block None or the untagged extra keys; None when the event says nothing of them."""
         raw = bytes(self.raw_extra_keys)
@@ -115,15 +130,13 @@ class BlockStored:
         return value
 
 
-@dataclass(frozen=True, slots=True)
-class BlockRemoved:
+class BlockRemoved(msgspec.Struct, frozen=True, gc=False):
     keys: Sequence[int]
     medium: Medium
     group: int
 
 
-@dataclass(frozen=True, slots=True)
-class AllBlocksCleared:
+class AllBlocksCleared(msgspec.Struct, frozen=True, gc=False):
     pass
 
 
@@ -142,8 +155,7 @@ def between_clears(events: Sequence[Event]) -> Iterator[tuple[bool, list[BlockSt
     yield cleared, run
 
 
-@dataclass(frozen=True, slots=True)
-class EventBatch:
+class EventBatch(msgspec.Struct, frozen=True, gc=False):
     """One message: `ts` in seconds since the epoch by the engine's clock; `rank` None when it does not say."""
 
     ts: float

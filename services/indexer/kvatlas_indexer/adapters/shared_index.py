@@ -57,7 +57,9 @@ class SharedIndex:
     ) -> MatchAnswer:
         plans, _ = self._shared.plan(model)
         asked = {profile: keys for profile, keys in prompts.items() if profile in plans}
-        found = await asyncio.gather(*(self._store.lookup(keys) for keys in asked.values()))
+        lookups = [self._store.lookup(keys) for keys in asked.values()]
+        # A fleet normally has one profile: no task, and no further turn of the loop, for a single lookup.
+        found = [await lookups[0]] if len(lookups) == 1 else await asyncio.gather(*lookups)
         await self._keep_up(found)
         return self._answer(model, dict(zip(asked, found, strict=True)), engines)
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeAlias
 
+import msgspec
+
 from kvatlas_common.events.types import EventBatch
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(msgspec.Struct, frozen=True):
     """One decoded message of an engine. `digest` tells its bytes from others; `size` in bytes."""
 
     seq: int
@@ -31,8 +32,7 @@ class ReplayEnd(StrEnum):
     TRUNCATED = "truncated"  # it stopped before the end marker
 
 
-@dataclass(frozen=True, slots=True)
-class Apply:
+class Apply(msgspec.Struct, frozen=True):
     message: Message
 
 

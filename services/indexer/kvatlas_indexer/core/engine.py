@@ -219,7 +219,8 @@ class Engine:
             effect = pending.popleft()
             match effect:
                 case Apply(message):
-                    self._ahead = {p: last for p, last in self._ahead.items() if last >= message.seq}
+                    if self._ahead:
+                        self._ahead = {p: last for p, last in self._ahead.items() if last >= message.seq}
                     pending.extendleft(reversed(self._apply(message.batch, now)))
                 case BeginEpoch(reason):
                     self._begin_epoch(reason, now)

@@ -54,6 +54,11 @@ class GroupRule:
         kind = _KINDS.get(name, Kind.UNKNOWN)
         return cls(Kind.UNKNOWN if kind is Kind.WINDOW and window is None else kind, name, window)
 
+    @staticmethod
+    def is_full(name: str | None) -> bool:
+        """Whether an engine's group of this kind is a full-attention group."""
+        return _KINDS.get(name) is Kind.FULL
+
     def blocks_needed(self, block_size: int) -> int:
         """How many blocks before the end of the hit a window group must hold."""
         assert self.window is not None

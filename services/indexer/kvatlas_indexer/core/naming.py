@@ -358,11 +358,13 @@ def _tells(event: BlockStored, rules: dict[int, GroupRule]) -> bool:
         return False
     if event.token_count != len(event.keys) * event.block_size:
         return False
-    if GroupRule.of(event.kind, event.window).kind is Kind.FULL:
+    if GroupRule.is_full(event.kind):
         return True
     return not any(rule.kind is Kind.FULL for rule in rules.values())
 
 
 def _salted(event: BlockStored) -> bool:
+    if event.is_plain:
+        return False
     extras = event.extra_keys()
     return bool(extras and extras[0])

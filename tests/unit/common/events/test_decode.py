@@ -379,6 +379,67 @@ def test_no_bytes_raise_anything_else(payload: bytes) -> None:
         look_at_all_of_it(payload)
 
 
+# -- at once, or one by one --------------------------------------------------------------------------------------------
+
+ARRAYS = [ARRAY_010, ARRAY_011, ARRAY_016, ARRAY_022, ["BlockRemoved", [1, -2, bytes(32)]], ["AllBlocksCleared"]]
+LONG = {**MAP_032, "token_ids": list(range(70_000, 70_400)), "block_size": 200}
+MAPS = [
+    MAP_027,
+    MAP_032,
+    LONG,
+    {"type": "BlockRemoved", "block_hashes": [1], "medium": "TAPE"},
+    {"type": "AllBlocksCleared"},
+]
+WELL = st.one_of(st.lists(st.sampled_from(ARRAYS), max_size=20), st.lists(st.sampled_from(MAPS), max_size=20))
+NOT_WELL = st.lists(st.sampled_from([*ARRAYS, *MAPS, *BAD.values(), ["BlockMoved", 1]]), max_size=20)
+TAILS = st.sampled_from([(), (None,), (3,), (3, "later"), (-1,), ("a",)])
+
+
+def outcome(payload: bytes) -> EventBatch | str:
+    try:
+        return decode_batch(payload)
+    except MalformedBatch as error:
+        return str(error)
+
+
+def has_unreadable_tokens(found: EventBatch | str) -> bool:
+    """They are not looked at with the rest, so that they are no msgpack shows when somebody asks for them."""
+    if isinstance(found, str):
+        return False
+    for event in found.events:
+        if isinstance(event, BlockStored):
+            try:
+                event.token_ids()
+            except MalformedBatch:
+                return True
+    return False
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    st.one_of(mutated(), st.builds(lambda events, tail: pack([1.0, events, *tail]), WELL | NOT_WELL, TAILS)),
+    st.sampled_from([b"\x92", b"\x93", b"\x9f"]),
+)
+def test_reading_all_events_at_once_gives_what_reading_them_one_by_one_does(payload: bytes, head: bytes) -> None:
+    usual = head + b"\xcb" + struct.pack(">d", 5.0) + payload[10:]
+    unusual = head + b"\xcf" + struct.pack(">Q", 5) + payload[10:]  # a whole number for a time: one by one
+    at_once, one_by_one = outcome(usual), outcome(unusual)
+    assert at_once == one_by_one or (isinstance(one_by_one, str) and has_unreadable_tokens(at_once))
+
+
+def test_equal_events_have_the_same_bytes_of_tokens() -> None:
+    at_once, one_by_one = decode_batch(pack([1.0, [MAP_032]])), decode_batch(pack([1, [MAP_032]]))
+    others = decode_batch(pack([1.0, [{**MAP_032, "token_ids": [0, 1, 2, 4]}]]))
+    assert at_once == one_by_one != others
+    assert isinstance(at_once.events[0], BlockStored)
+    assert bytes(at_once.events[0].raw_token_ids) == pack(TOKENS)
+
+
+@pytest.mark.parametrize("count", [0, 1, 15, 16, 65_535, EVENTS_MAX])
+def test_as_many_events_as_the_header_says(count: int) -> None:
+    assert len(batch(*([["AllBlocksCleared"]] * count)).events) == count
+
+
 FRAMES = st.lists(
     st.one_of(
         st.binary(max_size=40),
