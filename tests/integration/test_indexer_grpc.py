@@ -185,7 +185,7 @@ async def test_lookups_over_a_stream_are_answered_as_calls_are(running: Running)
     streaming, request = Streaming(running), wire.match_request("m", {PROFILE: [1, 2]}, [FIRST])
     await streaming.ask(7, request)
     answer = await streaming.answer()
-    assert (answer.id, answer.response) == (7, await running.stub.Match(request))
+    assert (answer.id, pb.MatchResponse.FromString(answer.response)) == (7, await running.stub.Match(request))
     await streaming.ask(8, wire.match_request("who?", {PROFILE: [1]}))
     await streaming.ask(9, pb.MatchRequest(model="m", prompts=[PROMPT] * (PROFILES_MAX + 1)))
     refused = {answer.id: answer.refusal for answer in [await streaming.answer(), await streaming.answer()]}

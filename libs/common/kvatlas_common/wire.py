@@ -52,15 +52,19 @@ def match_request(
 
 
 def match_response(answer: MatchAnswer) -> pb.MatchResponse:
+    return pb.MatchResponse.FromString(packed_match_response(answer))
+
+
+def packed_match_response(answer: MatchAnswer) -> bytes:
     """Put together from parts as they are on the wire, most of them seen before: a third of setting field by field."""
     parts: list[bytes] = []
     for engine, blocks, media, exact, doubtful, expected in answer.matches:
         name = _name_field(engine)
         other = _other_fields(blocks, tuple(media.items()), exact, doubtful, max(expected, blocks))
         parts += (_engines_field(len(name) + len(other)), name, other)
-    message = pb.MatchResponse.FromString(b"".join(parts))
-    message.unknown.extend(map(str, answer.unknown))
-    return message
+    if answer.unknown:
+        parts.append(pb.MatchResponse(unknown=map(str, answer.unknown)).SerializeToString())
+    return b"".join(parts)
 
 
 # Messages in parts: of two of one kind, one after the other, protobuf makes one that has the fields of both.

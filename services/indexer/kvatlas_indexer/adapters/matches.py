@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from kvatlas_common import wire
+from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.contracts import Index, IndexUnavailable, UnknownModel
@@ -40,7 +41,7 @@ class Matches:
 
     async def one(self, request: pb.MatchRequest, context: Context) -> pb.MatchResponse:
         try:
-            return await self._answer(request)
+            return wire.match_response(await self._answer(request))
         except _Refused as refused:
             await context.abort(refused.code, refused.details)
 
@@ -75,7 +76,8 @@ class Matches:
 
     async def _answered(self, asked: pb.StreamedMatch, context: Context, writing: asyncio.Lock) -> None:
         try:
-            answer = pb.StreamedMatchAnswer(id=asked.id, response=await self._answer(asked.request))
+            response = wire.packed_match_response(await self._answer(asked.request))
+            answer = pb.StreamedMatchAnswer(id=asked.id, response=response)
         except _Refused as refused:
             number: int = refused.code.value[0]
             answer = pb.StreamedMatchAnswer(id=asked.id, refusal=pb.Refusal(code=number, details=refused.details))
@@ -86,7 +88,7 @@ class Matches:
             async with writing:
                 await context.write(answer)
 
-    async def _answer(self, request: pb.MatchRequest) -> pb.MatchResponse:
+    async def _answer(self, request: pb.MatchRequest) -> MatchAnswer:
         """Raises `_Refused`."""
         if len(request.prompts) > PROFILES_MAX or any(len(p.keys) > self._keys_max * 8 for p in request.prompts):
             limits = f"at most {PROFILES_MAX} hash profiles of {self._keys_max} keys each"
@@ -96,12 +98,11 @@ class Matches:
         except ValueError as error:
             raise _Refused(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
         try:
-            answer = await self._index.match(model, prompts, engines, estimate=request.estimate)
+            return await self._index.match(model, prompts, engines, estimate=request.estimate)
         except UnknownModel:
             raise _Refused(grpc.StatusCode.NOT_FOUND, f"model: no engine serves {model!r}") from None
         except IndexUnavailable as error:
             raise _Refused(grpc.StatusCode.UNAVAILABLE, str(error)) from None
-        return wire.match_response(answer)
 
 
 def _lookup(request: pb.MatchRequest) -> tuple[str, dict[str, list[int]], tuple[EngineId, ...]]:

@@ -59,7 +59,7 @@ class MatchStream:
         if answer.HasField("refusal"):
             refusal = answer.refusal
             raise Refused(_CODES.get(refusal.code, grpc.StatusCode.UNKNOWN), refusal.details)
-        return answer.response
+        return pb.MatchResponse.FromString(answer.response)
 
     async def run(self) -> None:
         shortest, longest = _RECONNECT_S
