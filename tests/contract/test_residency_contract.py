@@ -199,6 +199,16 @@ def test_a_name_taken_over_adds_up(store: Residency) -> None:
     assert store.blocks(A) == {GPU: 1}
 
 
+def test_a_block_found_under_two_names_is_where_it_was_stored_last(store: Residency) -> None:
+    store.store(A, 0, GPU, [1])
+    store.doubt(A, 5.0)
+    store.store(A, 0, GPU, [10, 10])
+    store.rename(A, [(1, 10)])
+    assert store.table(A) == {(0, GPU, 10): 2}
+    assert [holder.doubtful for holder in store.holders(10)] == [False]
+    assert store.blocks(A) == {GPU: 1}
+
+
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
@@ -371,10 +381,12 @@ class ResidencyMachine(RuleBasedStateMachine):
     def rename(self, engine: EngineId, names: list[tuple[int, int]]) -> None:
         self.store_.rename(engine, names)
         for place in self.oracle.of(engine).values():
-            for counter in place.generations():
-                for old, new in names:
+            for old, new in names:
+                for counter in place.generations():
                     if copies := counter.pop(old, 0):
                         counter[new] += copies
+                for counter in [counter for counter in place.generations() if new in counter][:-1]:
+                    del counter[new]
 
     @rule(parts=st.integers(1, 300))
     def sweep(self, parts: int) -> None:

@@ -146,11 +146,18 @@ class Residency:
         self.version += 1
 
     def rename(self, engine: EngineId, names: Sequence[tuple[int, int]]) -> None:
-        """(old key, new key) pairs: what the engine holds under the old key, it holds under the new one."""
+        """(old key, new key) pairs: what the engine holds under the old key, it holds under the new one.
+
+        A block that it turns out to hold under two names stays where it was stored last: it is in one slot of a place.
+        """
         for place in self._engines.get(engine, {}).values():
-            for slot in place.slots():
-                for old, new in names:
+            slots = place.slots()
+            for old, new in names:
+                for slot in slots:
                     self._rename(slot, old, new)
+                holding = [slot for slot in slots if self._holders(new) & slot.bit]
+                for slot in holding[:-1]:
+                    self._let_go(slot, new)
 
     def bury(self, unneeded: dict[int, Any]) -> None:
         """Leave it to the sweep to free a map of any size: freeing it at once would stall everything else."""
@@ -353,10 +360,14 @@ class Residency:
                 continue
             for slot in place.doubts:
                 if holders & slot.bit:
-                    slot.blocks -= 1
-                    slot.copies.pop(key, None)
-                    self._touch(slot, key)
-            self._put(key, holders & ~place.doubt_mask)
+                    self._let_go(slot, key)
+
+    def _let_go(self, slot: Slot, key: int) -> None:
+        """Of a block it holds, whatever the copies."""
+        slot.blocks -= 1
+        slot.copies.pop(key, None)
+        self._put(key, self._holders(key) & ~slot.bit)
+        self._touch(slot, key)
 
     def _remove_doubtful(self, place: Place, key: int) -> None:
         """One copy less of a doubtful block: as long as there may be another, it stays doubtful."""
