@@ -258,4 +258,4 @@ async def test_a_client_that_leaves_ends_its_spans(caplog: pytest.LogCaptureFixt
     assert (
         len(spans.named("POST", SpanKind.CLIENT)) == len(spans.named("POST /v1/chat/completions", SpanKind.SERVER)) == 1
     )
-    assert not [record for record in caplog.records if record.name.startswith("opentelemetry")]
+    assert not [record for record in caplog.records if record.name.startswith("opentelemetry.context")]
