@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_router.adapters.asgi import Headers, Request
 from kvatlas_router.adapters.decide import Decision
-from kvatlas_router.adapters.forward import Forwarded
+from kvatlas_router.adapters.job import Forwarded
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.choice import BY_COST, Term
 
@@ -45,6 +45,9 @@ class Exchange:
         if term.cached_tokens is not None:
             fixed.append((b"x-kvatlas-cached-tokens", str(term.cached_tokens).encode()))
         return fixed
+
+    def sending(self, term: Term) -> None:
+        """Nothing to tell before it is sent."""
 
     def sent(self, term: Term) -> None:
         decision, self.sent_at = self.decision, time.perf_counter()

@@ -32,7 +32,7 @@ from kvatlas_router.adapters.asgi import (
 )
 from kvatlas_router.adapters.decide import Asked, Decider, Decision, Lookup, UnknownModel
 from kvatlas_router.adapters.exchange import Exchange
-from kvatlas_router.adapters.forward import Forwarded, Job
+from kvatlas_router.adapters.job import Forwarded, Job
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.admission import Place
 from kvatlas_router.core.body import Body, InvalidBody
