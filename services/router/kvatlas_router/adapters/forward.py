@@ -92,11 +92,12 @@ class Forwarder:
         """Fills `told` as it goes, so that it holds when cancelled too. Raises `HttpError` when no engine answered."""
         loop = asyncio.get_running_loop()
         give_up = loop.time() + self._patience.total_s
-        to_try = deque(job.choice.terms[: self._patience.attempts])
-        tried_twice: Term | None = None
+        terms = job.choice.terms  # each is made when it is looked at
+        to_try = deque(range(min(len(terms), self._patience.attempts)))
+        tried_twice: int | None = None
         while to_try:
-            term = to_try.popleft()
-            told.term = term
+            number = to_try.popleft()
+            told.term = term = terms[number]
             told.attempts += 1
             sent_at = time.monotonic()
             entered = self._chooser.send(term, job.ask, sent_at)
@@ -106,9 +107,9 @@ class Forwarder:
                     return
                 except _Failed as failure:
                     told.error, why = f"{term.engine}: {failure}", failure.why
-                    if why is Fault.RESET and tried_twice is not term and time.monotonic() - sent_at < _STALE_S:
-                        tried_twice = term
-                        to_try.appendleft(term)
+                    if why is Fault.RESET and tried_twice != number and time.monotonic() - sent_at < _STALE_S:
+                        tried_twice = number
+                        to_try.appendleft(number)
                     elif failure.blamed:
                         watch.failed(why, str(failure))
             if to_try:
@@ -132,14 +133,18 @@ class Forwarder:
         """One engine. Raises `_Failed` only while the client has been sent nothing."""
         begun = await self._first_byte(job, term, give_up, last)
         try:
-            ticket.started(time.monotonic())
-            if fault := fault_of(begun.head.status):
-                watch.failed(fault, f"answered {begun.head.status}")
-            else:
-                watch.began()
-            job.listener.first_byte(term)
+
+            def passed() -> None:
+                """The first of the body; what is made of that can wait until then."""
+                ticket.started(time.monotonic())
+                if fault := fault_of(begun.head.status):
+                    watch.failed(fault, f"answered {begun.head.status}")
+                else:
+                    watch.began()
+                job.listener.first_byte(term)
+
             passing = PassOn(job, term, begun.connection, begun.head, told, send, self._patience.idle_s, give_up)
-            await passing.run(begun.first, begun.added)
+            await passing.run(begun.first, begun.added, passed)
             if told.outcome is not Outcome.CUT:
                 watch.answered()
                 if told.outcome is Outcome.OK:

@@ -256,13 +256,16 @@ class PublicApi:
             raise HttpError(404, "not_found_error", why) from None
         except NoEngine as error:
             raise HttpError(503, "no_engine", str(error)[:300], _retry_after(NO_ENGINE_RETRY_S)) from None
+        asyncio.get_running_loop().call_soon(self._count, asked, decision)  # while the engine works
+        return decision
+
+    def _count(self, asked: Asked, decision: Decision) -> None:
         reason = decision.choice.reason
         self._metrics.chosen(reason.strategy, reason.cause)
         if asked.lookup is Lookup.PROMPT:
             self._fail_opens.decided(reason.cause, time.monotonic())
         for stage, seconds in decision.learnt.stages.items():
             self._metrics.stages.labels(stage).observe(seconds)
-        return decision
 
     def _session(self, request: Request) -> str | None:
         rules = self._rules

@@ -8,12 +8,11 @@ would wait, nothing more is read from the engine, and the task goes on with it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from kvatlas_common.observations import Outcome
-from kvatlas_router.adapters.asgi import Headers, Send
+from kvatlas_router.adapters.asgi import Begun, Headers, Send
 from kvatlas_router.adapters.engine_connection import EngineConnection, EngineFailed, Head
 from kvatlas_router.adapters.job import Forwarded, Job
 from kvatlas_router.core.choice import Term
@@ -42,11 +41,12 @@ class PassOn:
     give_up: float
     tail: Tail = field(default_factory=Tail)
     _dropper: UsageChunkFilter | None = None
-    _waiting: _Begun | None = None
+    _waiting: Begun[None] | None = None
     _deadline: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
     _armed: float = 0.0
 
-    async def run(self, first: bytes, added: Headers) -> None:
+    async def run(self, first: bytes, added: Headers, passed: Callable[[], None]) -> None:
+        """`added`: headers of the router's own. `passed` is called when what has come of the body has been sent on."""
         told, head = self.told, self.head
         told.status = head.status
         told.outcome = Outcome.OK if head.status < 400 else Outcome.ERROR
@@ -59,7 +59,7 @@ class PassOn:
         if self.job.request.path == "/v1/responses" and not encoded:
             told.response = response_id(first)
         try:
-            await self._body()
+            await self._body(passed)
         except (EngineFailed, TimeoutError) as error:
             self.connection.abort()
             if not (stream and ended(self.tail.bytes())):
@@ -82,11 +82,12 @@ class PassOn:
             await self.send({"type": "http.response.body", "body": self._dropper.rest(), "more_body": True})
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _body(self) -> None:
+    async def _body(self, passed: Callable[[], None]) -> None:
         self._armed = asyncio.get_running_loop().time()
         self._deadline = asyncio.timeout_at(min(self._armed + self.idle_s, self.give_up))
         async with self._deadline:
             self.connection.pour(self._piece)
+            passed()
             while not await self.connection.poured():
                 waiting, self._waiting = self._waiting, None
                 if waiting is not None:
@@ -98,8 +99,9 @@ class PassOn:
         self.told.bytes_out += len(data)
         passed = data if self._dropper is None else self._dropper.feed(data)
         if passed:
-            self._waiting = _begun(self.send({"type": "http.response.body", "body": passed, "more_body": True}))
-            if self._waiting is not None:
+            sending = Begun(self.send({"type": "http.response.body", "body": passed, "more_body": True}))
+            if not sending.over:
+                self._waiting = sending
                 self.connection.hold()
         now = asyncio.get_running_loop().time()
         if now - self._armed > self.idle_s * _IDLE_SLACK:
@@ -109,32 +111,6 @@ class PassOn:
     async def _end_cut(self, why: str) -> None:
         event = cut_event(self.job.request.path, why)
         await self.send({"type": "http.response.body", "body": event, "more_body": True})
-
-
-class _Begun(Generator[Any, None, None]):
-    """What was begun outside of any task and waits for something: whoever awaits it goes on with it."""
-
-    def __init__(self, steps: Generator[Any, Any, None], waits_for: object) -> None:
-        self._steps = steps
-        self._waits_for = [waits_for]
-
-    def __await__(self) -> Generator[Any, None, None]:
-        return self
-
-    def send(self, value: None) -> object:
-        return self._waits_for.pop() if self._waits_for else self._steps.send(value)
-
-    def throw(self, *error: Any) -> object:
-        return self._steps.throw(*error)
-
-
-def _begun(sending: Awaitable[None]) -> _Begun | None:
-    """None: it is done already."""
-    steps = sending.__await__()
-    try:
-        return _Begun(steps, next(steps))
-    except StopIteration:
-        return None
 
 
 def _media_type(head: Head) -> bytes:
