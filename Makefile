@@ -6,7 +6,7 @@ LOADS_SCALED   := reference@0.05,agents@0.1,hot-prefix@0.2,all-unique@0.2,tenant
 LOADTEST_FILES := --rows build/loadtest.json --json build/loadtest/runs.json --html build/loadtest.html
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up up-redis test check proto test-vllm bench chaos loadtest loadtest-full image clean
+.PHONY: help setup demo up up-redis test check proto test-vllm bench curves soak chaos loadtest loadtest-full image clean
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,12 @@ up-redis: setup ## the same on a real Valkey, started here for as long as it run
 
 bench: setup ## every budget measured, beside a peer where there is one (build/bench.json; 5 minutes)
 	@$(BIN)/python -m kvatlas_loadtest.bench --json build/bench.json
+
+curves: setup ## what grows with what, measured in bounded time (build/curves.json; 3 minutes)
+	@$(BIN)/python -m kvatlas_loadtest.bench.curves --json build/curves.json
+
+soak: setup ## steady load on real processes: memory flat, nothing left behind (build/soak.json; 10 minutes)
+	@$(BIN)/python -m kvatlas_loadtest.soak --json build/soak.json
 
 chaos: setup ## faults on real processes, held to the engines' own block tables (build/chaos.json; 12 minutes)
 	@$(BIN)/python -m kvatlas_loadtest.chaos --json build/chaos.json

@@ -186,7 +186,7 @@ async def test_the_fleet_comes_as_it_changes(running: Running) -> None:
         (False, [], [str(FIRST), str(SECOND)]),
         (False, [], []),
     ]
-    assert [wire.engine_load(message) for message in updates[2].loads] == [(FIRST, load)]
+    assert [wire.engine_load(message, 0.0) for message in updates[2].loads] == [(FIRST, load)]
     assert running.index.watched_by == ["r1"]
     watch.cancel()
     async with asyncio.timeout(DEADLINE_S):

@@ -53,6 +53,18 @@ class InFlight:
 
 
 @dataclass(frozen=True, slots=True)
+class Head:
+    """The prompt an engine is computing, as far as can be told: the oldest that any router waits for there.
+
+    `tokens`: to be computed of it, 0 if it is the router's own who is told. `since`: when it became the oldest, in
+    seconds of the reader's monotonic clock.
+    """
+
+    tokens: int = 0
+    since: float = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """What is known of an engine's load: its own figures from `/metrics`, and what other routers have in flight there.
 
@@ -66,6 +78,7 @@ class Load:
     scraped_at: float = 0.0
     loras: frozenset[str] = frozenset()
     others: InFlight = InFlight()
+    head: Head = Head()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,9 @@ from array import array
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from kvatlas_common.blocks.profile import Algorithm, ExtraKeys, HashProfile
 from kvatlas_common.words import EngineId
@@ -49,18 +52,22 @@ class RoutingHistory:
         sent.drop(sent.blocks - most)
         sent.expire(now - self._lifetime_s)
 
-    def leading(self, keys: Sequence[int], now: float) -> dict[EngineId, int]:
+    def leading(self, keys: Sequence[int] | np.ndarray[Any, Any], now: float) -> dict[EngineId, int]:
         """How many leading blocks of the prompt each engine should hold; only engines that should hold any."""
         if len(keys) == 0:
             return {}
         now = self._latest = max(now, self._latest)
-        horizon, first, known, found = now - self._lifetime_s, keys[0], frozenset(keys), {}
+        horizon, first, begun = now - self._lifetime_s, int(keys[0]), list[tuple[EngineId, _Run]]()
         for engine, sent in self._engines.items():
             if sent.oldest < horizon:
                 sent.expire(horizon)
             if (run := sent.root.next.get(first)) is not None:
-                found[engine] = _leading(run, keys, known)
-        return found
+                begun.append((engine, run))
+        if not begun:
+            return {}
+        asked = keys.tolist() if isinstance(keys, np.ndarray) else keys
+        known = frozenset(asked)
+        return {engine: _leading(run, asked, known) for engine, run in begun}
 
     def forget(self, engine: EngineId) -> None:
         """Its cache was cleared, or it left."""

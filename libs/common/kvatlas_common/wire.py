@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from kvatlas_common.fleet import Adapter, EngineView, Health, InFlight, Load, Sync
+from kvatlas_common.fleet import Adapter, EngineView, Head, Health, InFlight, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.words import EngineId, Medium
 
 T = TypeVar("T")
+
+NO_HEAD = Head()
 
 _engine_id = lru_cache(maxsize=16_384)(EngineId.parse)  # an answer names the same engines as the one before
 _medium = lru_cache(maxsize=len(Medium))(Medium)
@@ -123,8 +125,9 @@ def engine_view(message: pb.Engine) -> EngineView:
     )
 
 
-def load_message(engine: EngineId, load: Load) -> pb.EngineLoad:
-    others = load.others
+def load_message(engine: EngineId, load: Load, now: float) -> pb.EngineLoad:
+    """`now`: of the clock that `load.head` was told by."""
+    others, head = load.others, load.head
     return pb.EngineLoad(
         engine=str(engine),
         running=load.running,
@@ -135,11 +138,14 @@ def load_message(engine: EngineId, load: Load) -> pb.EngineLoad:
         others=pb.InFlight(
             prefilling=others.prefilling, prefill_tokens=others.prefill_tokens, decoding=others.decoding
         ),
+        head=None if head == NO_HEAD else pb.Head(tokens=head.tokens, age_s=max(now - head.since, 0.0)),
     )
 
 
-def engine_load(message: pb.EngineLoad) -> tuple[EngineId, Load]:
+def engine_load(message: pb.EngineLoad, now: float) -> tuple[EngineId, Load]:
+    """`now`: of the clock that `Load.head` is to be told by."""
     others = message.others
+    head = Head(message.head.tokens, now - message.head.age_s) if message.HasField("head") else NO_HEAD
     return _engine_id(message.engine), Load(
         message.running,
         message.waiting,
@@ -147,6 +153,7 @@ def engine_load(message: pb.EngineLoad) -> tuple[EngineId, Load]:
         message.scraped_at,
         frozenset(message.loras),
         InFlight(others.prefilling, others.prefill_tokens, others.decoding),
+        head,
     )
 
 

@@ -62,7 +62,7 @@ def _measured(measurement: Measurement, *, quick: bool) -> list[Row]:
         rows: list[Row] = json.loads(ended.stdout)
     except (subprocess.TimeoutExpired, ValueError) as error:
         said = ended.stderr[-400:] if isinstance(error, ValueError) else str(error)
-        return failed(measurement.rows, f"its process said nothing: {said}")
+        return failed(measurement.owed, f"its process said nothing: {said}")
     return rows
 
 

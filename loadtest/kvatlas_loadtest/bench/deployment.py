@@ -55,7 +55,7 @@ class Service:
 @contextlib.asynccontextmanager
 async def stub_engines(folder: Path, count: int, *, events: bool = False) -> AsyncIterator[Stubs]:
     command = ["kvatlas_loadtest.bench.stub_engines", "--count", str(count), *(["--events"] if events else [])]
-    async with _process("engines", folder, command, lambda line: "addresses" in line) as (pid, said):
+    async with process("engines", folder, command, lambda line: "addresses" in line) as (pid, said):
         yield Stubs(pid, tuple(said["addresses"]), tuple(said["events"]))
 
 
@@ -63,15 +63,15 @@ async def stub_engines(folder: Path, count: int, *, events: bool = False) -> Asy
 async def indexer(folder: Path, *options: str, name: str = "indexer") -> AsyncIterator[Service]:
     ports = ("--grpc-listen", "127.0.0.1:0", "--rest-listen", "127.0.0.1:0", "--zmq-listen", "")
     command = ["kvatlas_indexer", *ports, *options]
-    async with _process(name, folder, command, lambda line: line.get("event") == "indexer ready") as (pid, said):
+    async with process(name, folder, command, lambda line: line.get("event") == "indexer ready") as (pid, said):
         yield Service(pid, said)
 
 
 @contextlib.asynccontextmanager
-async def router(folder: Path, *options: str) -> AsyncIterator[Service]:
+async def router(folder: Path, *options: str, name: str = "router") -> AsyncIterator[Service]:
     ports = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0")
     command = ["kvatlas_router", *ports, *options]
-    async with _process("router", folder, command, lambda line: line.get("event") == "router listens") as (pid, said):
+    async with process(name, folder, command, lambda line: line.get("event") == "router listens") as (pid, said):
         yield Service(pid, said)
 
 
@@ -95,7 +95,7 @@ async def client(service: Service) -> AsyncIterator[Shard]:
 
 
 @contextlib.asynccontextmanager
-async def _process(
+async def process(
     name: str, folder: Path, command: Sequence[str], ready: Callable[[Any], bool]
 ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
     said: dict[str, Any] = {}
@@ -140,3 +140,13 @@ async def page(url: str) -> Any:
     async with aiohttp.ClientSession() as session, session.get(url) as response:
         response.raise_for_status()
         return await response.json()
+
+
+async def answers(url: str) -> bool:
+    """Whether it says 200."""
+    async with aiohttp.ClientSession() as session:
+        try:
+            async with session.get(url) as response:
+                return response.status == 200
+        except aiohttp.ClientError:
+            return False

@@ -1,7 +1,7 @@
 """KV events as engines publish them, encoded ahead so that sending them costs nothing.
 
-Messages of at most 94 blocks in vLLM 0.32's encoding, token ids and all. Tokens and hashes are drawn at random, but for
-each engine's first block: from its true hash the profile is learnt.
+Messages of at most 94 blocks in vLLM 0.32's encoding, token ids and all. Tokens are drawn at random, and hashes too
+unless they are needed, but for each engine's first block: from its true hash the profile is learnt.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import zmq
 import zmq.asyncio
 
 from kvatlas_common.blocks.extras import PromptExtras
+from kvatlas_common.blocks.keys import Keys, prompt_keys
 from kvatlas_common.blocks.profile import Algorithm, ExtraKeys, HashProfile
 from kvatlas_loadtest.bench.deployment import Service, page, until
 from kvatlas_loadtest.bench.stub_engines import MODEL
@@ -40,13 +41,18 @@ def hash_flags(block_size: int) -> tuple[str, ...]:
 
 
 class Prompt:
-    """Token ids that no other prompt has, and the hashes an engine would publish for their blocks."""
+    """Token ids that no other prompt has, and the hashes an engine would publish for their blocks: drawn, or `true`."""
 
-    def __init__(self, rng: np.random.Generator, blocks: int, block_size: int) -> None:
+    def __init__(self, rng: np.random.Generator, blocks: int, block_size: int, *, true: bool = False) -> None:
         self.block_size = block_size
         self.tokens = rng.integers(VOCABULARY, size=blocks * block_size, dtype=np.uint32)
-        self.keys: list[int] = rng.integers(2**64 - 1, size=blocks, dtype=np.uint64).tolist()
+        drawn = self.true_keys() if true else rng.integers(2**64 - 1, size=blocks, dtype=np.uint64)
+        self.keys: list[int] = drawn.tolist()
         self._made: dict[tuple[int, int], bytes] = {}
+
+    def true_keys(self) -> Keys:
+        """Of all its blocks: a request has one token more, which is to be computed in any case."""
+        return prompt_keys(profile(self.block_size), np.append(self.tokens, np.uint32(0)))
 
     def message(self, start: int, stop: int) -> bytes:
         """That an engine has stored these blocks. Engines that store the same say so in the same bytes."""

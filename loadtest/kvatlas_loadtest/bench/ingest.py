@@ -21,7 +21,6 @@ from kvatlas_common.wire import match_request
 from kvatlas_indexer.core.ownership import winner
 from kvatlas_loadtest.bench.accounting import busy_share, cpu_s
 from kvatlas_loadtest.bench.deployment import client, found, indexer, stub_engines, until, valkey
-from kvatlas_loadtest.bench.dynamo import NAME, dynamo, python
 from kvatlas_loadtest.bench.feeds import EVENT_BLOCKS, Feed, Prompt, begin, feeds, hash_flags, profile, taken_in
 from kvatlas_loadtest.bench.rows import Options, Row, at_least, only_told
 from kvatlas_loadtest.bench.stub_engines import MODEL
@@ -74,23 +73,11 @@ class Ingest:
         return "the machine's cores" if self.busy > USED_UP else "their waiting for each other"
 
 
-async def memory_rows(options: Options) -> list[Row]:
-    prompts = _prompts(options.count(400, 4))
-    run = await _ingested(options.folder / "memory", prompts, shards=0)
-    row = at_least("ingest_memory_blocks_per_s", run.per_s, run.unit, BUDGETS["memory"])
-    per_cpu = only_told("ingest_memory_blocks_per_cpu_s", run.per_cpu_s, "blocks/s of the indexer's CPU, all threads")
-    if python() is not None:
-        peer = await _ingested_by_peer(options.folder / "peer", prompts)
-        row["peer"], row["peer_value"] = NAME, peer.per_s
-        per_cpu["peer"], per_cpu["peer_value"] = NAME, peer.per_cpu_s
-    return [row, per_cpu]
-
-
 async def redis_rows(options: Options) -> list[Row]:
     rows: list[Row] = []
-    prompts = _prompts(options.count(100, 4))
+    prompts = new_prompts(options.count(100, 4))
     for shards in (1, 2, 4):
-        run = await _ingested(options.folder / str(shards), prompts, shards)
+        run = await ingested(options.folder / str(shards), prompts, shards)
         name = f"ingest_redis_{shards}_shards"
         if shards == 1:
             rows.append(at_least("ingest_redis_blocks_per_s", run.per_s, run.unit, BUDGETS["redis"]))
@@ -101,7 +88,7 @@ async def redis_rows(options: Options) -> list[Row]:
     return rows
 
 
-def _prompts(per_engine: int) -> list[list[Prompt]]:
+def new_prompts(per_engine: int) -> list[list[Prompt]]:
     """One message each, encoded."""
     rng = np.random.default_rng(1)
     prompts = [[Prompt(rng, EVENT_BLOCKS, BLOCK) for _ in range(per_engine)] for _ in range(ENGINES)]
@@ -110,7 +97,7 @@ def _prompts(per_engine: int) -> list[list[Prompt]]:
     return prompts
 
 
-async def _ingested(folder: Path, prompts: Sequence[Sequence[Prompt]], shards: int) -> Ingest:
+async def ingested(folder: Path, prompts: Sequence[Sequence[Prompt]], shards: int) -> Ingest:
     """`shards` 0: the memory store."""
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
@@ -121,7 +108,7 @@ async def _ingested(folder: Path, prompts: Sequence[Sequence[Prompt]], shards: i
         if shards:
             server = await enter(valkey(folder))
             told, server_pid = [*told, "--store", server.url], server.pid
-            names = _names(stubs.addresses, shards)
+            names = even_names(stubs.addresses, shards)
             services = [await enter(indexer(folder, *told, "--shard", name, name=name)) for name in names]
             owners = [services[names.index(winner(feed.address, names) or "")] for feed in made]
         else:
@@ -134,22 +121,12 @@ async def _ingested(folder: Path, prompts: Sequence[Sequence[Prompt]], shards: i
             request = match_request(MODEL, {PROFILE: prompt.keys})
             return await found(asked, request, made[engine].address, EVENT_BLOCKS)
 
-        run = await _timed(made, prompts, known, [service.pid for service in services], server_pid)
+        run = await timed(made, prompts, known, [service.pid for service in services], server_pid)
         await taken_in(run.blocks + ENGINES, made, owners)
         return run
 
 
-async def _ingested_by_peer(folder: Path, prompts: Sequence[Sequence[Prompt]]) -> Ingest:
-    await asyncio.to_thread(folder.mkdir)
-    async with feeds([f"127.0.0.1:{number}" for number in range(ENGINES)]) as made, dynamo(folder, made, BLOCK) as peer:
-
-        async def known(engine: int, prompt: Prompt) -> bool:
-            return await peer.found(prompt, engine, EVENT_BLOCKS)
-
-        return await _timed(made, prompts, known, [peer.pid], None)
-
-
-async def _timed(
+async def timed(
     made: Sequence[Feed],
     prompts: Sequence[Sequence[Prompt]],
     known: Found,
@@ -179,7 +156,7 @@ async def _send(made: Sequence[Feed], prompts: Sequence[Sequence[Prompt]]) -> No
         await asyncio.sleep(0)
 
 
-def _names(addresses: Sequence[str], shards: int) -> list[str]:
+def even_names(addresses: Sequence[str], shards: int) -> list[str]:
     """Shard names by which each gets as many engines: what is measured is not the luck of the draw."""
     for attempt in count():
         names = [f"shard-{attempt}-{number}" for number in range(shards)]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,31 +17,26 @@ from typing import Any
 
 import numpy as np
 
-from kvatlas_common.engines.probe import EngineFacts
-from kvatlas_common.engines.specs import EngineSpec
-from kvatlas_common.fleet import Health
 from kvatlas_common.wire import match_request
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.redis_client import Timeouts, open_redis
 from kvatlas_indexer.adapters.redis_store import RedisStore
 from kvatlas_indexer.adapters.redis_writes import Flush, Position
-from kvatlas_indexer.core.index import KvIndex
 from kvatlas_indexer.core.projection import SlotWrite, Write
 from kvatlas_indexer.core.records import encode_record
 from kvatlas_loadtest.bench.accounting import running_s
-from kvatlas_loadtest.bench.deployment import client, indexer, stub_engines, until, valkey
-from kvatlas_loadtest.bench.dynamo import NAME, dynamo, python
+from kvatlas_loadtest.bench.deployment import Service, client, indexer, stub_engines, until, valkey
 from kvatlas_loadtest.bench.feeds import (
     EVENT_BLOCKS,
     Feed,
     Prompt,
     begin,
     feeds,
-    first_message,
     hash_flags,
     profile,
     taken_in,
 )
+from kvatlas_loadtest.bench.in_process import InProcess
 from kvatlas_loadtest.bench.redis_rows import MODEL as RECORDED_MODEL
 from kvatlas_loadtest.bench.redis_rows import record
 from kvatlas_loadtest.bench.rows import Options, Row, at_most, only_told
@@ -66,11 +61,13 @@ class Held:
     depths: list[list[int]]
 
     @classmethod
-    def drawn(cls, prompts: int) -> Held:
-        rng = np.random.default_rng(1)
-        depths = rng.integers(0, BLOCKS + 1, size=(prompts, ENGINES))
-        depths[np.arange(prompts), rng.integers(0, ENGINES, prompts)] = BLOCKS  # somebody holds all of it
-        return cls([Prompt(rng, BLOCKS, BLOCK) for _ in range(prompts)], depths.tolist())
+    def drawn(cls, prompts: int, blocks: int = BLOCKS, engines: int = ENGINES, holding: int | None = None) -> Held:
+        """`holding`: so many of the engines hold something of it; None: all."""
+        rng, some = np.random.default_rng(1), engines if holding is None else holding
+        depths = rng.integers(0, blocks + 1, size=(prompts, some))
+        depths[np.arange(prompts), rng.integers(0, some, prompts)] = blocks  # somebody holds all of it
+        depths = np.pad(depths, ((0, 0), (0, engines - some)))
+        return cls([Prompt(rng, blocks, BLOCK, true=True) for _ in range(prompts)], depths.tolist())
 
     @property
     def blocks(self) -> int:
@@ -78,12 +75,12 @@ class Held:
 
     def messages(self) -> Iterator[tuple[int, bytes]]:
         """(engine, message) in any order, but that of each engine's own."""
-        waiting: list[list[bytes]] = [[] for _ in range(ENGINES)]
+        waiting: list[list[bytes]] = [[] for _ in self.depths[0]]
         for prompt, depths in zip(self.prompts, self.depths, strict=True):
             for engine, depth in enumerate(depths):
                 starts = range(0, depth, EVENT_BLOCKS)
                 waiting[engine] += [prompt.message(start, min(start + EVENT_BLOCKS, depth)) for start in starts]
-        order = np.repeat(np.arange(ENGINES), [len(its) for its in waiting])
+        order = np.repeat(np.arange(len(waiting)), [len(its) for its in waiting])
         np.random.default_rng(2).shuffle(order)
         next_of = [iter(its) for its in waiting]
         for engine in order.tolist():
@@ -91,43 +88,24 @@ class Held:
 
 
 async def in_process_rows(options: Options) -> list[Row]:
-    held = Held.drawn(options.count(100, 4) + WARM_UP)
-    index = KvIndex(on_finding=lambda engine, finding: None)
-    engines = [EngineId(f"10.0.0.{number}:8000") for number in range(ENGINES)]
-    index.on_specs([EngineSpec(str(e), f"http://{e}", events="tcp://e:5557") for e in engines], time.time())
-    said = [0] * ENGINES
-
-    def hear(number: int, payload: bytes) -> None:
-        frames = [b"kv@e@m", said[number].to_bytes(8, "big"), payload]
-        index.on_frames(frames, time.time(), peer=None, dialled=engines[number], port_rank=0)
-        said[number] += 1
-
-    for number, engine in enumerate(engines):
-        index.on_facts(EngineFacts(engine, Health.READY, frozenset({MODEL})), time.time())
-        hear(number, first_message(BLOCK))
-    for number, payload in held.messages():
-        hear(number, payload)
+    held, to = Held.drawn(options.count(100, 4) + WARM_UP), InProcess(ENGINES, BLOCK)
+    for engine, payload in held.messages():
+        to.hear(engine, payload)
     took = []
     for prompt, depths in zip(held.prompts, held.depths, strict=True):
         began = time.perf_counter()
-        answer = index.match(MODEL, {PROFILE: prompt.keys})
+        answer = to.match(prompt.keys)
         took.append(time.perf_counter() - began)
-        _check({str(m.engine): m.blocks for m in answer.matches}, list(map(str, engines)), depths)
-    return [at_most("match_memory_ms", _p50_ms(took), f"ms, p50 of {len(took) - WARM_UP}, {ENGINES} engines", 0.1)]
-
-
-async def memory_rows(options: Options) -> list[Row]:
-    held = Held.drawn(options.count(60, 4) + WARM_UP)
-    wall, cpu = await _over_grpc(options.folder / "memory", held, "memory")
-    if python() is not None:
-        wall["peer"] = cpu["peer"] = f"{NAME}, HTTP"
-        wall["peer_value"], cpu["peer_value"] = await _by_peer(options.folder / "peer", held)
-    return [wall, cpu]
+        check({str(m.engine): m.blocks for m in answer.matches}, list(map(str, to.engines)), depths)
+    return [at_most("match_memory_ms", p50_ms(took), f"ms, p50 of {len(took) - WARM_UP}, {ENGINES} engines", 0.1)]
 
 
 async def redis_rows(options: Options) -> list[Row]:
     held = Held.drawn(options.count(60, 4) + WARM_UP)
-    return list(await _over_grpc(options.folder / "redis", held, "redis"))
+    async with indexed(options.folder / "redis", held, "redis") as (service, shard, engines):
+        spent = running_s(service.pid)
+        took = await _asked(shard, requests(held), engines, held.depths)
+        return told("redis", took, running_s(service.pid) - spent)
 
 
 async def wide_rows(options: Options) -> list[Row]:
@@ -139,52 +117,47 @@ async def wide_rows(options: Options) -> list[Row]:
         await _write(server.url, engines, prompts)
         asked = await stack.enter_async_context(indexer(options.folder, "--store", server.url, "--shard", "reader"))
         shard = await stack.enter_async_context(client(asked))
-        requests = [match_request(RECORDED_MODEL, {_recorded_profile(): prompt.keys}) for prompt in prompts]
-        await until(lambda: _answers(shard, requests[0], len(engines)), "the engines' records to be read")
-        took = await _asked(shard, requests, [str(e) for e in engines], [[BLOCKS] * len(engines)] * len(prompts))
+        asking = [match_request(RECORDED_MODEL, {_recorded_profile(): prompt.keys}) for prompt in prompts]
+        await until(lambda: _answers(shard, asking[0], len(engines)), "the engines' records to be read")
+        took = await _asked(shard, asking, [str(e) for e in engines], [[BLOCKS] * len(engines)] * len(prompts))
     unit = f"ms over gRPC, p50 of {len(took) - WARM_UP}, {len(engines)} engines holding every block"
-    return [at_most("match_redis_wide_ms", _p50_ms(took), unit, 5.0)]
+    return [at_most("match_redis_wide_ms", p50_ms(took), unit, 5.0)]
 
 
-async def _over_grpc(folder: Path, held: Held, store: str) -> tuple[Row, Row]:
+@asynccontextmanager
+async def indexed(folder: Path, held: Held, store: str) -> AsyncIterator[tuple[Service, Shard, list[str]]]:
+    """An indexer that knows what is held, a client of it, and what the engines are called."""
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
         stubs = await enter(stub_engines(folder, ENGINES))
         made = await enter(feeds(stubs.addresses))
-        told = [*hash_flags(BLOCK), *(flag for feed in made for flag in feed.flags)]
+        flags = [*hash_flags(BLOCK), *(flag for feed in made for flag in feed.flags)]
         if store == "redis":
-            told += ["--store", (await enter(valkey(folder))).url]
-        service = await enter(indexer(folder, *told))
+            flags += ["--store", (await enter(valkey(folder))).url]
+        service = await enter(indexer(folder, *flags))
         shard = await enter(client(service))
         await begin(made, [service] * ENGINES, BLOCK)
-        await _tell(made, held)
+        await tell(made, held)
         await taken_in(held.blocks + ENGINES, made, [service])
-        requests = [match_request(MODEL, {PROFILE: prompt.keys}) for prompt in held.prompts]
-        last = requests[-1]
+        last = requests(held)[-1]
         await until(lambda: _answers(shard, last, sum(1 for d in held.depths[-1] if d)), "all to be looked up")
-        spent = running_s(service.pid)
-        took = await _asked(shard, requests, [feed.address for feed in made], held.depths)
-        spent = running_s(service.pid) - spent
+        yield service, shard, [feed.address for feed in made]
+
+
+def told(store: str, took: Sequence[float], spent: float) -> list[Row]:
+    """Of one client's lookups over gRPC: seconds each, and of the indexer's CPU for all of them."""
     unit = f"ms, p50 of {len(took) - WARM_UP}, one client, {ENGINES} engines"
-    wall = at_most(f"grpc_match_{store}_p50_ms", _p50_ms(took), unit, BUDGETS[store])
-    per_lookup = spent / len(took) * 1e3
-    return wall, only_told(f"grpc_match_{store}_cpu_ms", per_lookup, "ms of the indexer's CPU per lookup, mean")
+    return [
+        at_most(f"grpc_match_{store}_p50_ms", p50_ms(took), unit, BUDGETS[store]),
+        only_told(f"grpc_match_{store}_cpu_ms", spent / len(took) * 1e3, "ms of the indexer's CPU per lookup, mean"),
+    ]
 
 
-async def _by_peer(folder: Path, held: Held) -> tuple[float, float]:
-    """p50 and CPU per lookup, in ms."""
-    await asyncio.to_thread(folder.mkdir)
-    async with feeds([f"127.0.0.1:{n}" for n in range(ENGINES)]) as made, dynamo(folder, made, BLOCK) as peer:
-        await _tell(made, held)
-        for prompt, depths in zip(held.prompts, held.depths, strict=True):
-            for engine in (0, ENGINES - 1):
-                await until(lambda p=prompt, e=engine, d=depths[engine]: peer.found(p, e, d), "all to be taken in")  # type: ignore[misc]
-        spent = running_s(peer.pid)
-        took = [await peer.lookup_s(prompt) for prompt in held.prompts]
-        return _p50_ms(took), (running_s(peer.pid) - spent) / len(took) * 1e3
+def requests(held: Held) -> list[Any]:
+    return [match_request(MODEL, {PROFILE: prompt.keys}) for prompt in held.prompts]
 
 
-async def _tell(made: Sequence[Feed], held: Held) -> None:
+async def tell(made: Sequence[Feed], held: Held) -> None:
     for number, (engine, payload) in enumerate(held.messages()):
         await made[engine].send(payload)
         if number % 100 == 0:
@@ -200,7 +173,7 @@ async def _asked(
         began = time.perf_counter()
         answer = await shard.match(request, WITHIN_S)
         took.append(time.perf_counter() - began)
-        _check({str(m.engine): m.blocks for m in answer.matches}, engines, of_engines)
+        check({str(m.engine): m.blocks for m in answer.matches}, engines, of_engines)
     return took
 
 
@@ -212,12 +185,12 @@ async def _answers(shard: Shard, request: Any, engines: int) -> bool:
     return sum(1 for match in answer.matches if match.blocks) == engines
 
 
-def _check(found: dict[str, int], engines: Sequence[str], depths: Sequence[int]) -> None:
+def check(found: dict[str, int], engines: Sequence[str], depths: Sequence[int]) -> None:
     expected = {engine: depth for engine, depth in zip(engines, depths, strict=True) if depth}
     assert {engine: blocks for engine, blocks in found.items() if blocks} == expected, "a lookup was wrong"
 
 
-def _p50_ms(took: Sequence[float]) -> float:
+def p50_ms(took: Sequence[float]) -> float:
     return median(took[WARM_UP:]) * 1e3
 
 

@@ -12,13 +12,14 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 
 from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.prompts.requests import CHAT
 from kvatlas_loadtest.bench.accounting import cpu_s
-from kvatlas_loadtest.bench.deployment import Service, indexer, router, stub_engines, until
-from kvatlas_loadtest.bench.feeds import Feed, begin, feeds, hash_flags, profile, stored
+from kvatlas_loadtest.bench.deployment import Service, answers, indexer, router, stub_engines, until
+from kvatlas_loadtest.bench.feeds import EVENT_BLOCKS, Feed, begin, feeds, hash_flags, profile, stored
 from kvatlas_loadtest.bench.prompts import Texts, model_folder
 from kvatlas_loadtest.bench.rows import Options, Row, at_most, only_told
 from kvatlas_loadtest.bench.stub_engines import MODEL
@@ -64,14 +65,23 @@ _CACHED = b"x-kvatlas-cached-tokens:"
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
+    """A system prompt of so many tokens, and turns of so many that are new."""
+
     system: str
     texts: Texts
+    system_tokens: int = SYSTEM_TOKENS
+    turn_tokens: int = TURN_TOKENS
 
-    def body(self, tokens: int = 1) -> bytes:
+    @property
+    def cached(self) -> int:
+        """Tokens of the system prompt in whole blocks."""
+        return self.system_tokens // BLOCK * BLOCK
+
+    def body(self, tokens: int = 1, system: str | None = None) -> bytes:
         """A request whose user's turn nobody has seen; its answer has so many chunks."""
         messages = [
-            {"role": "system", "content": self.system},
-            {"role": "user", "content": self.texts.cut(TURN_TOKENS)},
+            {"role": "system", "content": self.system if system is None else system},
+            {"role": "user", "content": self.texts.cut(self.turn_tokens)},
         ]
         return json.dumps({"model": MODEL, "max_tokens": tokens, "stream": True, "messages": messages}).encode()
 
@@ -81,22 +91,28 @@ async def rows(options: Options) -> list[Row]:
     texts = Texts(model, seed=1)
     prompts = Prompts(texts.cut(SYSTEM_TOKENS), texts)
     async with AsyncExitStack() as stack:
-        enter = stack.enter_async_context
-        stubs = await enter(stub_engines(options.folder, ENGINES))
-        made = await enter(feeds(stubs.addresses))
-        told = [*hash_flags(BLOCK), *(flag for feed in made for flag in feed.flags)]
-        indexing = await enter(indexer(options.folder, *told))
-        await begin(made, [indexing] * ENGINES, BLOCK)
-        known = ("--indexer", indexing.grpc, "--lookup-deadline-ms", DEADLINE_MS)
-        routing = await enter(router(options.folder, *known, "--model-files", f"{MODEL}={model}"))
-        holder = await _held(made, prompts, Prompter.load(model))
-        through = await enter(_client(routing.url))
-        await until(lambda: _predicted(through, prompts), "the system prompt to be found in the index")
-        direct, routed = await _in_turns(
-            await enter(_client(f"http://{holder.address}")), through, prompts, options.count(200, 5)
-        )
+        made, routing = await routed(stack, options.folder, model)
+        await hold(made[0], prompts, Prompter.load(model))
+        through = await stack.enter_async_context(client(routing.url))
+        await until(lambda: predicted(through, prompts), "the system prompt to be found in the index")
+        engine = await stack.enter_async_context(client(f"http://{made[0].address}"))
+        direct, by_router = await _in_turns(engine, through, prompts, options.count(200, 5))
         per_request = await _cpu(stack, routing, prompts, options.count(200, 8))
-    return _told(direct, routed, per_request, called)
+    return _told(direct, by_router, per_request, called)
+
+
+async def routed(stack: AsyncExitStack, folder: Path, model: Path) -> tuple[list[Feed], Service]:
+    """Engines that cost nothing, an indexer that knows them, and a router before them with the model's files."""
+    enter = stack.enter_async_context
+    stubs = await enter(stub_engines(folder, ENGINES))
+    made = await enter(feeds(stubs.addresses))
+    told = [*hash_flags(BLOCK), *(flag for feed in made for flag in feed.flags)]
+    indexing = await enter(indexer(folder, *told))
+    await begin(made, [indexing] * ENGINES, BLOCK)
+    known = ("--indexer", indexing.grpc, "--lookup-deadline-ms", DEADLINE_MS)
+    routing = await enter(router(folder, *known, "--model-files", f"{MODEL}={model}"))
+    await until(lambda: answers(f"{routing.url}/readyz"), "the router to be ready")
+    return made, routing
 
 
 def _told(direct: Sequence[float], routed: Sequence[float], per_request: float, called: str) -> list[Row]:
@@ -118,47 +134,49 @@ def _told(direct: Sequence[float], routed: Sequence[float], per_request: float, 
     ]
 
 
-async def _held(made: Sequence[Feed], prompts: Prompts, prompter: Prompter) -> Feed:
-    """One engine says that it holds the system prompt; it is returned."""
+async def hold(feed: Feed, prompts: Prompts, prompter: Prompter) -> None:
+    """An engine says that it holds the system prompt."""
     (tokens,) = prompter.prompts(CHAT, json.loads(prompts.body()))
-    keys = prompt_keys(profile(BLOCK), tokens)[: SYSTEM_TOKENS // BLOCK].tolist()
-    await made[0].send(stored(keys, list(tokens[: len(keys) * BLOCK]), BLOCK))
-    return made[0]
+    keys = prompt_keys(profile(BLOCK), tokens)[: prompts.cached // BLOCK].tolist()
+    for start in range(0, len(keys), EVENT_BLOCKS):
+        part = keys[start : start + EVENT_BLOCKS]
+        its = list(tokens[start * BLOCK : (start + len(part)) * BLOCK])
+        await feed.send(stored(part, its, BLOCK, keys[start - 1] if start else None))
 
 
-async def _predicted(through: Client, prompts: Prompts) -> bool:
+async def predicted(through: Client, prompts: Prompts) -> bool:
     through.cached.clear()
     await through.ask(prompts.body())
-    return through.cached == [SYSTEM_TOKENS // BLOCK * BLOCK]
+    return through.cached == [prompts.cached]
 
 
 async def _in_turns(engine: Client, through: Client, prompts: Prompts, count: int) -> tuple[list[float], list[float]]:
-    direct, routed = [], []
+    direct, by_router = [], []
     for _ in range(count + WARM_UP):
         body = prompts.body()
         direct.append(await engine.ask(body))
-        routed.append(await through.ask(body))
+        by_router.append(await through.ask(body))
     found = sum(cached >= SYSTEM_TOKENS - BLOCK for cached in through.cached)
     assert found > 0.95 * count, f"only {found} of {count} requests were found in the index"
-    return direct[WARM_UP:], routed[WARM_UP:]
+    return direct[WARM_UP:], by_router[WARM_UP:]
 
 
 async def _cpu(stack: AsyncExitStack, routing: Service, prompts: Prompts, count: int) -> float:
     """Seconds per request, several at a time."""
-    clients = [await stack.enter_async_context(_client(routing.url)) for _ in range(AT_ONCE)]
+    clients = [await stack.enter_async_context(client(routing.url)) for _ in range(AT_ONCE)]
     bodies = [[prompts.body(CHUNKS) for _ in range(count // AT_ONCE)] for _ in clients]
 
-    async def ask_all(client: Client, its: Sequence[bytes]) -> None:
+    async def ask_all(asking: Client, its: Sequence[bytes]) -> None:
         for body in its:
-            await client.ask(body)
+            await asking.ask(body)
 
     spent = cpu_s(routing.pid)
-    await asyncio.gather(*(ask_all(client, its) for client, its in zip(clients, bodies, strict=True)))
+    await asyncio.gather(*(ask_all(one, its) for one, its in zip(clients, bodies, strict=True)))
     return (cpu_s(routing.pid) - spent) / sum(map(len, bodies))
 
 
 @asynccontextmanager
-async def _client(url: str) -> AsyncIterator[Client]:
+async def client(url: str) -> AsyncIterator[Client]:
     host, _, port = url.removeprefix("http://").rpartition(":")
     reader, writer = await asyncio.open_connection(host, int(port), limit=1 << 22)
     try:

@@ -31,6 +31,10 @@ class Options:
     def count(self, full: int, quick: int) -> int:
         return quick if self.quick else full
 
+    def points(self, *sizes: int) -> tuple[int, ...]:
+        """Of a curve; quick: the two smallest."""
+        return sizes[:2] if self.quick else sizes
+
 
 def at_most(name: str, value: float, unit: str, budget: float) -> Row:
     return Row(name=name, value=value, unit=unit, budget=budget, within=value <= budget, peer=None, peer_value=None)

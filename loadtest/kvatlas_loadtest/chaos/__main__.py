@@ -25,9 +25,10 @@ from kvatlas_loadtest.chaos.books import Figures
 from kvatlas_loadtest.chaos.deployment import Options
 from kvatlas_loadtest.chaos.load import Shape
 from kvatlas_loadtest.chaos.plan import SCENARIOS
-from kvatlas_loadtest.chaos.report import HEADINGS, Result, cells, inserted, markdown, rows
+from kvatlas_loadtest.chaos.report import HEADINGS, SECTION, Result, cells, markdown, rows
 from kvatlas_loadtest.chaos.run import Outcome, Wanted, run
 from kvatlas_loadtest.process import ProcessFailed
+from kvatlas_loadtest.sections import inserted
 
 EXIT_BROKEN, EXIT_UNUSABLE, EXIT_INTERRUPTED = 1, 2, 130
 WRONG_SHOWN = 6  # looks at the index, the latest
@@ -154,7 +155,7 @@ def _write(args: argparse.Namespace, folder: Path, outcome: Outcome) -> None:
             f"{os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}; "
             f"{args.rate:g} requests a second, {shape.contexts} shared contexts."
         )
-        DOCUMENT.write_text(inserted(DOCUMENT.read_text(), markdown(outcome.results, facts)))
+        DOCUMENT.write_text(inserted(DOCUMENT.read_text(), SECTION, markdown(outcome.results, facts)))
 
 
 def _detail(result: Result) -> dict[str, Any]:

@@ -41,14 +41,24 @@ class Shape:
 
 
 class Load:
-    """`start`, then `pause` and `resume` at will, then `stop`. `exchanges` keeps the books of all requests."""
+    """`start`, then `pause` and `resume` at will, then `stop`. `exchanges` keeps the books of all requests.
 
-    def __init__(self, session: aiohttp.ClientSession, routers: Callable[[], Sequence[str]], shape: Shape, seed: int):
+    `these`: what is asked, without end; if not given, `bodies` of the shape and the seed.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        routers: Callable[[], Sequence[str]],
+        shape: Shape,
+        seed: int,
+        these: Iterator[dict[str, Any]] | None = None,
+    ) -> None:
         self.exchanges: list[Exchange] = []
         self.shape = shape
         self._session = session
         self._routers = routers
-        self._bodies = bodies(shape, seed)
+        self._bodies = these or bodies(shape, seed)
         self._chance = random.Random(seed + 1)
         self._ready: dict[str, bool] = {}
         self._turn = itertools.count()

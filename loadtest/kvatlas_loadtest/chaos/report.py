@@ -23,7 +23,7 @@ from kvatlas_loadtest.chaos.plan import Fault
 RECOVERY_MAX_S = 5.0
 CACHED_DROP_MAX = 0.02
 KEPT_MIN = 0.98
-BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
+SECTION = "chaos"  # of the page it is written to
 TROUBLES_SHOWN = 4
 
 
@@ -203,12 +203,3 @@ def _line(texts: Sequence[str]) -> str:
 
 def _series(shares: Sequence[float | None]) -> str:
     return " ".join("-" if share is None else f"{share * 100:.0f}" for share in shares) or "none"
-
-
-def inserted(document: str, text: str) -> str:
-    """The document with what stands between the markers replaced. Raises `ValueError` where they are missing."""
-    head, begin, rest = document.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"there is no place for the table: {BEGIN} and {END} are not both in it")
-    return f"{head}{BEGIN}\n{text.strip()}\n{END}{tail}"

@@ -25,7 +25,7 @@ class Settings:
     seed: int = 1
     event_delay_s: float = 0.005
     scrape_s: float = 0.2
-    share_s: float = 0.05
+    share_s: float = 0.005
     lost_share: float = 0.0
     replay: bool = True
     crashes: tuple[Crash, ...] = ()

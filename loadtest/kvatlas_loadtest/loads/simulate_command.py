@@ -82,7 +82,7 @@ def _fleet_options(parser: argparse.ArgumentParser) -> None:
     add("--routers", type=int, default=of.routers, help="requests take turns among them (default: %(default)s)")
     add("--event-delay-ms", type=float, default=5.0, help="from published to visible in lookups (default: %(default)s)")
     add("--scrape-ms", type=float, default=200.0, help="how old the load routers see may be (default: %(default)s)")
-    add("--share-ms", type=float, default=50.0, help="until routers hear of each other's requests (default: 50)")
+    add("--share-ms", type=float, default=5.0, help="until routers hear of each other's requests (default: 5)")
     add("--lost-share", type=float, default=0.0, help="share of event messages that are lost (default: 0)")
     add("--no-replay", action="store_true", help="engines cannot be asked for lost messages")
     add("--crash", action="append", default=[], metavar="ENGINE@FROM-TO", help="seconds; may be given several times")

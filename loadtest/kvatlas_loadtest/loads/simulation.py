@@ -195,7 +195,10 @@ class Simulation:
     def _loads_for(self, router: int) -> Mapping[EngineId, Load]:
         if self._settings.routers == 1:
             return self._loads
-        return {e: replace(load, others=self.index.others(e, router)) for e, load in self._loads.items()}
+        return {
+            e: replace(load, others=self.index.others(e, router), head=self.index.head(e, router))
+            for e, load in self._loads.items()
+        }
 
     def _send(self, flight: Flight, now: float) -> None:
         """To the first engine left that takes it."""

@@ -22,7 +22,7 @@ from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.events.types import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
 from kvatlas_common.findings import Finding
-from kvatlas_common.fleet import EngineView, Health, InFlight
+from kvatlas_common.fleet import EngineView, Head, Health, InFlight
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.observations import Observation
 from kvatlas_common.words import EngineId, Medium
@@ -52,7 +52,7 @@ class Wires:
 
     chance: Callable[[], float]
     delay_s: float = 0.005
-    share_s: float = 0.05
+    share_s: float = 0.005
     lost_share: float = 0.0
     replay: bool = True
 
@@ -151,6 +151,10 @@ class VirtualIndex:
     def others(self, engine: EngineId, router: int) -> InFlight:
         """What routers but this one have told of."""
         return self._routing.in_flight.others(engine, str(router))
+
+    def head(self, engine: EngineId, router: int) -> Head:
+        """The prompt it is computing, as this one is told."""
+        return self._routing.in_flight.head(engine, str(router))
 
     def report(self, router: int, observation: Observation, at_s: float) -> None:
         self._at(

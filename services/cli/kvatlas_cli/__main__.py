@@ -20,6 +20,7 @@ SERVICES = {
 TOOLS = {
     "demo": ("kvatlas_cli.demo", "simulated engines: the acceptance check, and precise against random routing"),
     "lookup": ("kvatlas_cli.lookup", "which engines hold a prompt's prefix, and why one is chosen"),
+    "top": ("kvatlas_cli.top", "engines, what they hold and do, and how requests fare, as it changes"),
     "doctor": ("kvatlas_cli.doctor", "what is wrong with a live set-up, why, and the exact change to make"),
     "record": ("kvatlas_cli.record", "capture a live engine's events and requests, for an audit"),
     "audit": ("kvatlas_cli.audit", "hold the index to a captured engine, request by request"),

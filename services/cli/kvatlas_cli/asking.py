@@ -37,7 +37,27 @@ class Server:
 
 
 def fetch(server: Server, path: str, timeout_s: float, body: bytes | None = None) -> Json:
-    """GET, or POST of `body`. The environment's HTTP proxies are not used: the servers are on loopback as a rule."""
+    """JSON by GET, or POST of `body`. Raises `Refused`."""
+    status, page = _asked(server, path, timeout_s, body)
+    try:
+        said = json.loads(page)
+    except ValueError:
+        said = None
+    if status == 200 and isinstance(said, dict):
+        return said
+    raise Refused(_refusal(status, said, server))
+
+
+def fetch_text(server: Server, path: str, timeout_s: float) -> str:
+    """Raises `Refused`."""
+    status, page = _asked(server, path, timeout_s)
+    if status != 200:
+        raise Refused(_refusal(status, None, server))
+    return page.decode(errors="replace")
+
+
+def _asked(server: Server, path: str, timeout_s: float, body: bytes | None = None) -> tuple[int, bytes]:
+    """Status and answer. The environment's HTTP proxies are not used: the servers are on loopback as a rule."""
     base, status = server.base.rstrip("/"), 200
     try:
         request = Request(base + path, data=body, headers={"Content-Type": "application/json"})
@@ -54,13 +74,7 @@ def fetch(server: Server, path: str, timeout_s: float, body: bytes | None = None
             raise Refused(f"{base} did not answer within {timeout_s:g} s (--timeout-s).") from None
         why = "what answers there is not HTTP" if isinstance(reason, HTTPException) else f"{reason}"
         raise Refused(f"{base} cannot be asked: {why}. {server.elsewhere}") from None
-    try:
-        said = json.loads(page)
-    except ValueError:
-        said = None
-    if status == 200 and isinstance(said, dict):
-        return said
-    raise Refused(_refusal(status, said, server))
+    return status, page
 
 
 def _refusal(status: int, said: Any, server: Server) -> str:

@@ -42,6 +42,7 @@ from kvatlas_indexer.adapters.reports import Listener
 from kvatlas_indexer.adapters.rest import build_app
 from kvatlas_indexer.adapters.shard import Hands, Shard
 from kvatlas_indexer.adapters.shared_index import SharedIndex
+from kvatlas_indexer.adapters.soon import Soon
 from kvatlas_indexer.adapters.traced import TracedCalls, TracedLookups, TracedStore
 from kvatlas_indexer.adapters.zmq_sockets import new_context
 from kvatlas_indexer.adapters.zmq_source import Origin, ZmqSource, ZmqSourceOptions
@@ -61,7 +62,10 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.25
 FLEET_DELAY_S = 0.02  # changes of the fleet are told together
-LOADS_DELAY_S = 0.03  # and those of loads
+SCRAPED_DELAY_S = 0.05  # and figures of engines, which are older than that anyway
+LOADS_GAP_S = 0.005
+"""What routers have in flight is told to the others at once, but no more often: two routers that do not know of each
+other's last request choose the same engine."""
 SWEEP_PARTS = 8  # parts of the key space swept between two turns of the loop
 
 
@@ -108,9 +112,8 @@ class Indexer:
         self._publisher: Publisher | None = None
         self._store_evicts = ""
         self._stack = contextlib.AsyncExitStack()
-        self._telling: asyncio.TimerHandle | None = None
-        self._telling_loads: asyncio.TimerHandle | None = None
-        self._stopping = False
+        self._telling_fleet = Soon(self._tell_fleet, 0.0)
+        self._telling_loads = Soon(self._front.wake, LOADS_GAP_S)
         self._background: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -225,10 +228,9 @@ class Indexer:
 
     async def stop(self) -> None:
         """Lookups under way are answered first, for at most `drain_s`."""
-        self.ready, self._stopping = False, True
-        for telling in (self._telling, self._telling_loads):
-            if telling is not None:
-                telling.cancel()
+        self.ready = False
+        self._telling_fleet.stop()
+        self._telling_loads.stop()
         await self._stack.aclose()
         log.info("indexer stopped")
 
@@ -294,11 +296,11 @@ class Indexer:
 
     def _on_load(self, engine: EngineId, load: Load) -> None:
         if self.board.scraped(engine, load):
-            self._tell_loads_soon()
+            self._telling_loads.within(SCRAPED_DELAY_S)
 
     def _on_in_flight(self) -> None:
         if self.board.in_flight_changed():
-            self._tell_loads_soon()
+            self._telling_loads.within(0.0)
 
     def _on_specs(self, specs: Iterable[EngineSpec]) -> None:
         if self._shard is not None:
@@ -323,22 +325,13 @@ class Indexer:
             self._replays.perform(command)
         if self._publisher is not None:
             self._publisher.touched()
-        if self.index.fleet_is_stale and self._telling is None and not self._stopping:
-            self._telling = asyncio.get_running_loop().call_later(FLEET_DELAY_S, self._tell_fleet)
+        if self.index.fleet_is_stale:
+            self._telling_fleet.within(FLEET_DELAY_S)
 
     def _tell_fleet(self) -> None:
-        self._telling = None
         self.index.fleet()
         self.board.speak_of([known.id for known in self.index.known()])
         self._prober.want(self.index.watched())
-        self._front.wake()
-
-    def _tell_loads_soon(self) -> None:
-        if self._telling_loads is None and not self._stopping:
-            self._telling_loads = asyncio.get_running_loop().call_later(LOADS_DELAY_S, self._tell_loads)
-
-    def _tell_loads(self) -> None:
-        self._telling_loads = None
         self._front.wake()
 
     def _blocks(self, engine: EngineId) -> dict[Medium, int]:

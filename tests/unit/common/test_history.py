@@ -112,7 +112,7 @@ def test_keys_may_come_as_an_array() -> None:
     history = RoutingHistory(lifetime_s=60, blocks_max=100)
     history.note(E1, np.array([1, 2, KEY_MASK], dtype=np.uint64), now=0)  # type: ignore[arg-type]
     assert history.leading([1, 2, KEY_MASK], now=0) == {E1: 3}
-    assert history.leading(np.array([1, 2, 3], dtype=np.uint64), now=0) == {E1: 2}  # type: ignore[arg-type]
+    assert history.leading(np.array([1, 2, 3], dtype=np.uint64), now=0) == {E1: 2}
 
 
 def test_a_conversation_takes_one_run_however_many_turns_it_has() -> None:

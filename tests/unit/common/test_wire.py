@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas_common import wire
-from kvatlas_common.fleet import Adapter, EngineView, Health, InFlight, Load, Sync
+from kvatlas_common.fleet import Adapter, EngineView, Head, Health, InFlight, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
@@ -74,8 +76,14 @@ def test_a_match_that_expects_nothing_more_says_so_in_blocks() -> None:
 
 @given(engines, loads)
 def test_a_load_survives_the_wire(engine: EngineId, load: Load) -> None:
-    message = pb.EngineLoad.FromString(wire.load_message(engine, load).SerializeToString())
-    assert wire.engine_load(message) == (engine, load)
+    message = pb.EngineLoad.FromString(wire.load_message(engine, load, 5.0).SerializeToString())
+    assert wire.engine_load(message, 7.0) == (engine, load)
+
+
+def test_how_long_an_engine_has_been_computing_is_told_from_clock_to_clock() -> None:
+    load = Load(others=InFlight(1, 700, 0), head=Head(700, 12.5))
+    message = wire.load_message(EngineId("h:1"), load, now=13.0)
+    assert wire.engine_load(message, now=100.0) == (EngineId("h:1"), replace(load, head=Head(700, 99.5)))
 
 
 @given(views)

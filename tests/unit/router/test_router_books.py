@@ -46,21 +46,22 @@ def test_an_error_takes_the_request_off_the_books() -> None:
     assert books.of(A, 1.0) == Occupancy(last_used=1.0)
 
 
-def remaining(books: Books, now: float) -> int:
-    occupancy = books.of(A, now, token_s=0.001)
-    return round(occupancy.queued_tokens - occupancy.computed)
+def head(books: Books) -> tuple[int, float | None]:
+    occupancy = books.of(A, 20.0)
+    return occupancy.head_tokens, occupancy.head_since
 
 
-def test_the_oldest_prompt_gets_computed_as_time_passes_and_is_never_quite_done() -> None:
+def test_the_oldest_prompt_is_computed_from_when_it_became_that() -> None:
     books = Books()
-    first, second = books.enter(A, 1000, 10.0), books.enter(A, 500, 10.0)
-    assert remaining(books, 10.0) == 1500
-    assert remaining(books, 10.4) == 1100
-    assert remaining(books, 99.0) == 550
+    first, second, third = (books.enter(A, tokens, 10.0) for tokens in (1000, 500, 200))
+    assert head(books) == (1000, 10.0)
+    second.started(10.5)  # it overtook the oldest
+    assert head(books) == (1000, 10.0)
     first.started(11.0)
-    assert remaining(books, 11.25) == 250
-    second.close()
-    assert remaining(books, 11.25) == 0
+    assert head(books) == (200, 11.0)
+    books.enter(A, 300, 12.0)
+    third.close()  # whether it was computed, nobody knows
+    assert head(books) == (300, None)
 
 
 def test_how_late_the_oldest_is() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvatlas_common.fleet import EngineView, Health, InFlight, Load, Sync
+from kvatlas_common.fleet import EngineView, Head, Health, InFlight, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_router.core.ask import Ask
@@ -77,7 +77,30 @@ def test_what_other_routers_sent_counts_like_our_own() -> None:
     load = {A: Load(others=InFlight(prefilling=2, prefill_tokens=9000, decoding=3))}
     choice = choose(chooser, ask(0), 1.0, loads=load)
     assert choice.engine.id == B
-    assert choice.terms[1].ahead[:3] == (6750, 2, 3)  # half of the oldest is done, on average
+    assert choice.terms[1].ahead[:3] == (9000, 2, 3)
+
+
+def queued(ours: int, load: Load, now: float) -> int:
+    """At an engine that computes 10,000 tokens a second, where a prompt of ours came at 1.0 s."""
+    chooser = Chooser(random.Random(1).random)
+    chooser.books.enter(A, ours, 1.0)
+    choice = choose(chooser, ask(0), now, loads={A: load})
+    return next(t.ahead.queued_tokens for t in choice.terms if t.engine == A)
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (Head(3000, 0.9), 6000 + 3000 - 2000),  # theirs is being computed, for 0.2 s
+        (Head(3000, 0.5), 6000 + 3000 - 2850),  # ... and is nearly done
+        (Head(0, 1.0), 6000 + 3000 - 1000),  # ours is, since it came
+        (Head(0, 1.05), 6000 + 3000 - 500),  # ... since another one was done
+        (Head(), 6000 + 3000 - 1000),  # they tell of none, and we know of ours
+    ],
+)
+def test_one_prompt_is_being_computed_theirs_or_ours(head: Head, expected: int) -> None:
+    load = Load(others=InFlight(prefilling=1, prefill_tokens=3000), head=head)
+    assert queued(6000, load, 1.1) == expected
 
 
 def test_traffic_of_strangers_counts_once_it_is_steady() -> None:

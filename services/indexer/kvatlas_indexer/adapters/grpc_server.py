@@ -204,7 +204,7 @@ class _KvIndex(pb_grpc.KvIndexServicer):
                     snapshot=delta.snapshot,
                     engines=[wire.engine_message(view) for view in delta.changed],
                     removed=[str(engine) for engine in delta.removed],
-                    loads=[wire.load_message(engine, load) for engine, load in delta.loads],
+                    loads=[wire.load_message(engine, load, time.monotonic()) for engine, load in delta.loads],
                 )
         await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
 

@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from kvatlas_common.findings import Code
 from kvatlas_common.fleet import Sync
+from kvatlas_common.tasks import running_tasks
 from kvatlas_common.words import Medium
 from kvatlas_indexer.adapters.grpc_server import Observed
 from kvatlas_indexer.adapters.measured import MeasuredIndex
@@ -135,6 +136,7 @@ class IndexMetrics(Collector):
         for code, engines in self._findings().items():
             findings.add_metric([code], engines)
         yield findings
+        yield GaugeMetricFamily(f"{name}asyncio_tasks", "asyncio tasks of the process", value=running_tasks())
         yield GaugeMetricFamily(f"{name}keys", "Block keys in the index", value=len(self._index.residency))
         yield GaugeMetricFamily(f"{name}slots_unswept", "Retired slots to sweep", value=self._index.residency.unswept)
         yield CounterMetricFamily(f"{name}messages_received", "KV event messages", value=self._received.messages)

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from kvatlas_common.fleet import InFlight
+from kvatlas_common.fleet import Head, InFlight
 from kvatlas_common.observations import Finished, FirstToken, Observation, Routed
 from kvatlas_common.words import EngineId
 
@@ -28,6 +28,7 @@ class InFlightLimits:
 
 @dataclass(slots=True, eq=False)
 class _Request:
+    router: str
     engine: EngineId
     tokens: int  # to be computed before its first token
     since: float
@@ -49,6 +50,14 @@ class _Sum:
 
 
 @dataclass(slots=True)
+class _Queue:
+    """One engine's requests without a first token, of all routers, the oldest first; `since` when that is the first."""
+
+    waiting: dict[_Request, None]
+    since: float
+
+
+@dataclass(slots=True)
 class _Router:
     streams: int = 0
     left_at: float = 0.0  # where there are no streams
@@ -61,6 +70,8 @@ class InFlightBook:
         self._limits = limits or InFlightLimits()
         self._requests: OrderedDict[tuple[str, str], _Request] = OrderedDict()  # by router and id, the oldest first
         self._sums: dict[EngineId, dict[str, _Sum]] = {}  # by engine and router; no entry is all zero
+        self._queues: dict[EngineId, _Queue] = {}  # none is empty
+        self._now = float("-inf")  # of what happened last
         self._routers: dict[str, _Router] = {}
         self._silent: list[tuple[float, int, tuple[str, str], _Request]] = []  # by when they are taken to decode
         self._count = 0
@@ -83,6 +94,14 @@ class InFlightBook:
             sum(s.prefilling for s in sums), sum(s.prefill_tokens for s in sums), sum(s.decoding for s in sums)
         )
 
+    def head(self, engine: EngineId, router: str) -> Head:
+        """What the engine is computing, as this router is to be told."""
+        queue = self._queues.get(engine)
+        if queue is None:
+            return Head()
+        oldest = next(iter(queue.waiting))
+        return Head(0 if oldest.router == router else oldest.tokens, queue.since)
+
     def take_changed(self) -> set[EngineId]:
         """Engines of which `others` may be different than when this was last called."""
         changed, self._changed = self._changed, set()
@@ -99,11 +118,13 @@ class InFlightBook:
 
     def left(self, router: str, now: float) -> None:
         """One of its streams has ended."""
+        self._now = now
         if (known := self._routers.get(router)) is not None:
             known.streams = max(known.streams - 1, 0)
             known.left_at = now
 
     def observe(self, router: str, observation: Observation, now: float) -> None:
+        self._now = now
         if router not in self._routers:
             return
         at = (router, observation.request_id)
@@ -115,25 +136,26 @@ class InFlightBook:
                 tokens = observation.to_compute
                 if tokens is None:
                     tokens = max(observation.prompt_tokens - observation.predicted_cached_tokens, 0)
-                request = self._requests[at] = _Request(observation.engine, tokens, now)
-                self._add(router, request, 1)
+                request = self._requests[at] = _Request(router, observation.engine, tokens, now)
+                self._add(request, 1)
+                self._queues.setdefault(request.engine, _Queue({}, now)).waiting[request] = None
                 if observation.silent_s:
                     self._count += 1
                     heappush(self._silent, (now + observation.silent_s, self._count, at, request))
             case FirstToken():
                 begun = self._requests.get(at)
                 if begun is not None and begun.engine == observation.engine:
-                    self._decodes(router, begun)
+                    self._decodes(begun)
             case Finished():
                 self._end(at)
 
     def on_tick(self, now: float) -> None:
         """Now and then: what is too old goes, and routers that have not come back."""
-        limits = self._limits
+        self._now, limits = now, self._limits
         while self._silent and self._silent[0][0] <= now:
             *_, at, request = heappop(self._silent)
             if self._requests.get(at) is request:
-                self._decodes(at[0], request)
+                self._decodes(request)
         while self._requests:
             oldest = next(iter(self._requests))
             if now - self._requests[oldest].since <= limits.request_age_max_s:
@@ -150,22 +172,34 @@ class InFlightBook:
         for at in [at for at in self._requests if at[0] == router]:
             self._end(at)
 
-    def _decodes(self, router: str, request: _Request) -> None:
+    def _decodes(self, request: _Request) -> None:
         if not request.decoding:
-            self._add(router, request, -1)
+            self._add(request, -1)
             request.decoding = True
-            self._add(router, request, 1)
+            self._add(request, 1)
+            self._leave_queue(request)
 
     def _end(self, at: tuple[str, str]) -> None:
         if (request := self._requests.pop(at, None)) is not None:
-            self._add(at[0], request, -1)
+            self._add(request, -1)
+            if not request.decoding:
+                self._leave_queue(request)
 
-    def _add(self, router: str, request: _Request, sign: int) -> None:
+    def _leave_queue(self, request: _Request) -> None:
+        queue = self._queues[request.engine]
+        oldest = next(iter(queue.waiting)) is request
+        del queue.waiting[request]
+        if not queue.waiting:
+            del self._queues[request.engine]
+        elif oldest:
+            queue.since = self._now
+
+    def _add(self, request: _Request, sign: int) -> None:
         sums = self._sums.setdefault(request.engine, {})
-        added = sums.setdefault(router, _Sum())
+        added = sums.setdefault(request.router, _Sum())
         added.add(request, sign)
         if added == _Sum():
-            del sums[router]
+            del sums[request.router]
             if not sums:
                 del self._sums[request.engine]
         self._changed.add(request.engine)

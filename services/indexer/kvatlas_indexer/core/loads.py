@@ -58,7 +58,9 @@ class LoadBoard:
         if scraped is None:
             return NO_LOAD
         others = self._in_flight.others(engine, router)
-        return scraped if others == scraped.others else replace(scraped, others=others)
+        if others == NO_LOAD.others:
+            return scraped  # nobody's prompt but perhaps the router's own, of which that knows more
+        return replace(scraped, others=others, head=self._in_flight.head(engine, router))
 
     def changed_since(self, version: int) -> Iterable[EngineId]:
         """Engines whose load may have changed after that version."""

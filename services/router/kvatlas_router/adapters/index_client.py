@@ -138,7 +138,9 @@ class Shard:
         try:
             async for update in self._stub.WatchFleet(pb.WatchFleetRequest(router=self._router)):
                 connected()
-                self._loads.told(self.address, map(engine_load, update.loads), snapshot=update.snapshot)
+                now = time.monotonic()
+                loads = [engine_load(message, now) for message in update.loads]
+                self._loads.told(self.address, loads, snapshot=update.snapshot)
                 if not (update.snapshot or update.engines or update.removed):
                     continue
                 base = Fleet() if update.snapshot or self.fleet is None else self.fleet

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from kvatlas_common.fleet import Fleet, Health
+from kvatlas_common.tasks import running_tasks
 
 _FINE = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 1.0)
 """In seconds; one of them is the default deadline of a lookup."""
@@ -59,6 +60,8 @@ class Metrics:
         self.observations_dropped = counter("observations_dropped", "observations dropped because a shard is slow")
         self.findings = gauge("findings", "what something is wrong with now, by what is wrong", ("code",))
         self.engines = gauge("engines", "engines of the fleet, by health", ("health",))
+        self.tasks = gauge("asyncio_tasks", "asyncio tasks of the process")
+        self.tasks.set_function(running_tasks)
 
     def count_engines(self, fleet: Fleet) -> None:
         for health in Health:

@@ -4,9 +4,9 @@ A request is *pending* until its first token and *decoding* until its end. A `Ti
 ends a request (an error, a disconnect, a retry on another engine) takes it off the books once. Engines leave the books
 when they leave the fleet.
 
-Of an engine's pending prompts the oldest is being computed: it has got as far as the engine's rate and the time since
-it became the oldest allow. An answer that does not stream shows its first token with its last, so such a request
-counts as decoding once the time its prompt was expected to take has passed.
+Of an engine's pending prompts the oldest, the *head*, is being computed: it has got as far as the engine's rate and the
+time since it became the oldest allow. An answer that does not stream shows its first token with its last, so such a
+request counts as decoding once the time its prompt was expected to take has passed.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from typing import NamedTuple
 
 from kvatlas_common.words import EngineId
 
-PROGRESS_MAX = 0.95
-"""Of a prompt that is late: what it has still to go is not nothing."""
 NEVER = float("-inf")
 
 
@@ -31,10 +29,11 @@ class Occupancy(NamedTuple):
 
     pending: int = 0
     queued_tokens: int = 0  # of the pending prompts, to be computed
-    computed: float = 0.0  # of these, if it is the oldest that is being computed
     decoding: int = 0
     late_s: float = 0.0
     last_used: float = NEVER
+    head_tokens: int = 0  # of these, those of the oldest
+    head_since: float | None = None  # since when it is the oldest, if that is known
 
     @property
     def in_flight(self) -> int:
@@ -89,22 +88,25 @@ class Books:
         account.last_used = now
         return ticket
 
-    def of(self, engine: EngineId, now: float, token_s: float = 0.0) -> Occupancy:
-        """`token_s`: what the engine takes to compute a prompt token; 0: nothing is known of its progress."""
+    def of(self, engine: EngineId, now: float) -> Occupancy:
         account = self._accounts.get(engine)
         if account is None:
             return EMPTY
         if account.pending:
             self._move_silent(account, now)
         if not account.pending:
-            return Occupancy(0, 0, 0.0, account.decoding, 0.0, account.last_used)
+            return Occupancy(0, 0, account.decoding, 0.0, account.last_used)
         head = next(iter(account.pending))
         late_s = max(now - head.sent_at - head.expected_s, 0.0) if head.expected_s else 0.0
-        progress = 0.0
-        if token_s > 0 and account.head_since is not None:
-            progress = min((now - account.head_since) / token_s, head.tokens * PROGRESS_MAX)
-        queued = account.queued_tokens
-        return Occupancy(len(account.pending), queued, progress, account.decoding, late_s, account.last_used)
+        return Occupancy(
+            len(account.pending),
+            account.queued_tokens,
+            account.decoding,
+            late_s,
+            account.last_used,
+            head.tokens,
+            account.head_since,
+        )
 
     def keep_only(self, engines: Collection[EngineId]) -> None:
         """Forget engines that left, unless requests are still in flight there."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.matching import EngineMatch
@@ -68,6 +68,7 @@ class EngineState(NamedTuple):
     last_used: float
     quote: Quote
     share: float = 1.0
+    in_flight: int = 0
 
     @classmethod
     def of(
@@ -80,7 +81,8 @@ class EngineState(NamedTuple):
         share: float = 1.0,
         trust: Trust = Trust.FULL,
     ) -> EngineState:
-        return cls(view, _standing(view, trust), ahead, last_used, quote or Quote(PRIOR, ahead), share)
+        quote = quote or Quote(PRIOR, ahead)
+        return cls(view, _standing(view, trust), ahead, last_used, quote, share, ahead.in_flight)
 
 
 def _standing(view: EngineView, trust: Trust) -> Standing:
@@ -96,7 +98,7 @@ class Candidate(NamedTuple):
 
     `known`: the index (or the history) can speak of it; then no `match` means it holds nothing. `block_size`: tokens in
     a block of `match`. `expected_blocks`: what it would hold once all that was sent there is computed. `crowding`: by
-    how much it is over its bound, see `cost.crowding`.
+    how much it is over its bound, see `cost.Bound`.
     """
 
     state: EngineState
@@ -121,6 +123,18 @@ class Candidate(NamedTuple):
             blocks = match.blocks
         computed = prompt_tokens - blocks * self.block_size
         return computed if computed > 0 else 0
+
+    def cost_ms(self, prompt_tokens: int) -> float:
+        """What it comes to in all; a lesser share makes it dearer."""
+        state, match, _, size, blocks, crowding = self
+        transferred: tuple[tuple[Medium, int], ...] = ()
+        if match is not None:
+            transferred = self.transferred()
+            blocks = max(blocks, match.blocks)
+        computed = prompt_tokens - blocks * size
+        return (
+            state.quote.total_ms(computed if computed > 0 else 0, transferred, crowding * prompt_tokens) / state.share
+        )
 
     def transferred(self) -> tuple[tuple[Medium, int], ...]:
         """Cached tokens on slower media."""
@@ -165,11 +179,21 @@ def term_of(candidate: Candidate, prompt_tokens: int) -> Term:
     )
 
 
-class Terms(Sequence[Term]):
-    """Of all engines considered, in the order in which they are to be tried; each is made when it is looked at."""
+Ranked = tuple[Standing, Any, float, int, Candidate]
+"""What a candidate goes by: the lowest first. The last but one is its number, so that candidates are not compared."""
 
-    def __init__(self, candidates: Sequence[Candidate], prompt_tokens: int) -> None:
-        self._candidates = candidates
+
+class Terms(Sequence[Term]):
+    """Of all engines considered, in the order in which they are to be tried; each is made when it is looked at.
+
+    Nearly always that is the first alone: the others are put in order for whoever looks at a second one. `ranked`: in
+    any order, at least one.
+    """
+
+    def __init__(self, ranked: list[Ranked], prompt_tokens: int) -> None:
+        self._ranked = ranked
+        self._first = min(ranked)
+        self._in_order = False
         self._prompt_tokens = prompt_tokens
         self._made: dict[int, Term] = {}
 
@@ -181,11 +205,19 @@ class Terms(Sequence[Term]):
         if isinstance(index, slice):
             return tuple(self[n] for n in range(*index.indices(len(self))))
         if index not in self._made:
-            self._made[index] = term_of(self._candidates[index], self._prompt_tokens)
+            self._made[index] = term_of(self._candidate(index), self._prompt_tokens)
         return self._made[index]
 
     def __len__(self) -> int:
-        return len(self._candidates)
+        return len(self._ranked)
+
+    def _candidate(self, index: int) -> Candidate:
+        if index == 0:
+            return self._first[-1]
+        if not self._in_order:
+            self._ranked.sort()
+            self._in_order = True
+        return self._ranked[index][-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +240,11 @@ def ordered(candidates: Sequence[Candidate], prompt_tokens: int, reason: Reason,
     """The lowest of `ranks`, one per candidate, first within each standing; of those that rank alike, the least
     recently used. `prompt_tokens` known or estimated. Raises `NoEngine` when there is none.
     """
-    ranked = [
+    ranked: list[Ranked] = [
         (state.standing, rank, state.last_used, number, candidate)
         for number, (candidate, rank) in enumerate(zip(candidates, ranks, strict=True))
         if (state := candidate.state).standing is not Standing.DOWN
     ]
     if not ranked:
         raise NoEngine("no engine is up")
-    ranked.sort()
-    return Choice(Terms([row[-1] for row in ranked], prompt_tokens), reason)
+    return Choice(Terms(ranked, prompt_tokens), reason)

@@ -9,15 +9,16 @@ nobody holds yet land together). How engines fail and come back is told to `outl
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import NamedTuple
 
-from kvatlas_common.fleet import EngineView, InFlight, Load
+from kvatlas_common.fleet import EngineView, Load
 from kvatlas_common.history import ESTIMATE_PROFILE, RoutingHistory
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.words import EngineId
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Books, Occupancy, Ticket
 from kvatlas_router.core.choice import Candidate, Choice, EngineState, Term
-from kvatlas_router.core.cost import WEIGHTS, Ahead, Quote, Weights, crowding
+from kvatlas_router.core.cost import WEIGHTS, Ahead, Bound, Quote, Weights
 from kvatlas_router.core.foreign import ForeignTraffic
 from kvatlas_router.core.outliers import Outliers
 from kvatlas_router.core.policies import Needs, Policy, Situation
@@ -28,9 +29,23 @@ from kvatlas_router.core.slow_start import SlowStart
 BURST_S = 10.0
 """How long a prompt counts as held after it was sent, or its first token came, if no event says so."""
 BURST_BLOCKS_MAX = 16_384  # per engine
+PROGRESS_MAX = 0.95
+"""Of a prompt that is late: what it has still to go is not nothing."""
 STATE_S = 0.02
 BUSY_LEARNING = 0.03
 NO_LOAD = Load()
+_BLOCK_OF_GUESSES = ESTIMATE_PROFILE.block_size
+
+
+_new_tuple = tuple.__new__
+
+
+class _Kept(NamedTuple):
+    """A state that was made, with what load, and until when it is used."""
+
+    state: EngineState
+    load: Load
+    until: float
 
 
 class Chooser:
@@ -52,7 +67,7 @@ class Chooser:
         self._chance = chance
         self._foreign = ForeignTraffic()
         self._lately = RoutingHistory(lifetime_s=BURST_S, blocks_max=BURST_BLOCKS_MAX)
-        self._states: dict[EngineId, tuple[float, EngineState]] = {}  # and until when each is used
+        self._states: dict[EngineId, _Kept] = {}
         self._prompt_tokens = 1000.0  # mean length of prompts
         self._busy = 0.0  # mean share of engines that are computing prompts
 
@@ -68,39 +83,35 @@ class Chooser:
         cause: str | None = None,
     ) -> Choice | None:
         """None: the policy has no answer. `answer`: None where the policy needs none. Raises `NoEngine`."""
+        states = self._states_of(views, loads, now)
+        candidates = self._candidates(states, ask, answer, now, guessed=policy.needs is Needs.HISTORY)
+        return policy.choose(Situation(ask, candidates, cause, self._chance))
+
+    def _candidates(
+        self, states: Sequence[EngineState], ask: Ask, answer: MatchAnswer | None, now: float, *, guessed: bool
+    ) -> list[Candidate]:
+        """`guessed`: that nothing is said of an engine is not to say that it holds nothing."""
         lately = self._expected(ask, now) if answer is not None else {}
         matches = {m.engine: m for m in answer.matches} if answer else {}
         unknown = frozenset(answer.unknown) if answer else frozenset()
-        guessed = policy.needs is Needs.HISTORY  # nothing was sent there: that is not to hold nothing
-        states = [self._state(view, loads, now) for view in views]
-        count = max(len(states), 1)
-        mean = sum(state.ahead.in_flight for state in states) / count
-        self._busy += (sum(state.ahead.pending > 0 for state in states) / count - self._busy) * BUSY_LEARNING
+        bound, keys, size_of_guesses = Bound.of([state.in_flight for state in states]), ask.keys, _BLOCK_OF_GUESSES
         candidates = []
-        for view, state in zip(views, states, strict=True):
-            engine, own = view.id, view.profile in ask.keys
+        for state in states:
+            view, in_flight = state.view, state.in_flight
+            engine, own = view.id, view.profile in keys
             match = matches.get(engine)
-            expected = lately.get(engine, 0)
+            expected = lately.get(engine, 0) if lately else 0
             if match is not None and match.expected > expected:
                 expected = match.expected
-            if answer is None:
-                known = False
-            elif guessed:
+            if guessed or answer is None:
                 known = match is not None
             else:  # it was asked about with its own profile
                 known = engine not in unknown if own else view.known_empty
-            size = view.block_size if own else None
-            candidates.append(
-                Candidate(
-                    state,
-                    match,
-                    known,
-                    size or ESTIMATE_PROFILE.block_size,
-                    expected,
-                    crowding(state.ahead.in_flight, mean),
-                )
-            )
-        return policy.choose(Situation(ask, candidates, cause, self._chance))
+            size = (view.block_size or size_of_guesses) if own else size_of_guesses
+            crowding = bound.crowding(in_flight) if in_flight > bound.requests else 0.0
+            # Half of the time of the constructor, for every engine of every choice.
+            candidates.append(_new_tuple(Candidate, (state, match, known, size, expected, crowding)))
+        return candidates
 
     def send(self, term: Term, ask: Ask, now: float) -> Ticket:
         """The request goes to the engine of this term."""
@@ -149,22 +160,32 @@ class Chooser:
         self._foreign.keep_only(engines)
         self._states.clear()
 
-    def _state(self, view: EngineView, loads: Mapping[EngineId, Load], now: float) -> EngineState:
-        """Made anew every few milliseconds, and when a request of ours has gone there or been answered."""
-        kept = self._states.get(view.id)
-        if kept is not None and kept[0] > now and kept[1].view is view:
-            return kept[1]
-        state = self._state_now(view, loads.get(view.id, NO_LOAD), now)
-        self._states[view.id] = now + STATE_S, state
-        return state
+    def _states_of(self, views: Sequence[EngineView], loads: Mapping[EngineId, Load], now: float) -> list[EngineState]:
+        """Each made anew every few milliseconds, and when a request of ours has gone there or been answered, or another
+        load is told.
+        """
+        states, kept_states, busy = [], self._states, 0
+        for view in views:
+            engine = view.id
+            load = loads.get(engine, NO_LOAD)
+            kept = kept_states.get(engine)
+            if kept is not None and kept.until > now and kept.load is load and kept.state.view is view:
+                state = kept.state
+            else:
+                state = self._state_now(view, load, now)
+                kept_states[engine] = _Kept(state, load, now + STATE_S)
+            busy += state.ahead.pending > 0
+            states.append(state)
+        self._busy += (busy / max(len(states), 1) - self._busy) * BUSY_LEARNING
+        return states
 
     def _state_now(self, view: EngineView, load: Load, now: float) -> EngineState:
         speed = self.rates.of(view.id)
-        ours, others = self.books.of(view.id, now, speed.token_s), load.others
+        ours, others = self.books.of(view.id, now), load.others
         pending, decoding = ours.pending + others.prefilling, ours.decoding + others.decoding
         foreign = self._foreign.at(view.id, load, pending + decoding)
         ahead = Ahead(
-            _still_to_compute(ours, others) + int(foreign.waiting * self._prompt_tokens),
+            _still_to_compute(ours, load, speed.token_s, now) + int(foreign.waiting * self._prompt_tokens),
             pending + foreign.waiting,
             decoding + foreign.running,
             ours.late_s,
@@ -183,20 +204,19 @@ class Chooser:
     def _expected(self, ask: Ask, now: float) -> Mapping[EngineId, int]:
         found: dict[EngineId, int] = {}
         for keys in ask.keys.values():
-            found.update(self._lately.leading(keys.tolist(), now))
+            found.update(self._lately.leading(keys, now))
         return found
 
 
-def _still_to_compute(ours: Occupancy, others: InFlight) -> int:
-    """Prompt tokens. One prompt is being computed: ours or theirs, as likely as there are of each. How far ours has got
-    the books know; theirs, half on average.
+def _still_to_compute(ours: Occupancy, load: Load, token_s: float, now: float) -> int:
+    """Prompt tokens of all routers. One prompt is being computed: another router's, if we are told of one, else the
+    oldest of ours, though not before what others had there was computed.
     """
-    if not others.prefilling:
-        return ours.queued_tokens - int(ours.computed)
-    theirs = others.prefill_tokens / others.prefilling / 2
-    pending = ours.pending + others.prefilling
-    computed = (ours.computed * ours.pending + theirs * others.prefilling) / pending
-    return max(ours.queued_tokens + others.prefill_tokens - int(computed), 0)
+    queued = ours.queued_tokens + load.others.prefill_tokens
+    tokens, since = load.head.tokens, load.head.since
+    if not tokens and ours.head_since is not None:
+        tokens, since = ours.head_tokens, max(ours.head_since, since)
+    return queued - int(min((now - since) / token_s, tokens * PROGRESS_MAX)) if tokens else queued
 
 
 def _profile(view: EngineView, ask: Ask) -> str:

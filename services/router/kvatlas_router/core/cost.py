@@ -132,15 +132,20 @@ class Quote:
 
     def total_ms(self, to_compute: int, transferred: Transferred = (), voided: float = 0.0) -> float:
         """`cost(...).total_ms`, in half the time."""
-        wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
-        moved_s = self._moved_s(transferred) if transferred else 0.0
-        voided_s = voided * self._speed.token_s * (1 + self._own_others)
-        return 1000 * (self._flat_s + self._slope_s * to_compute + moved_s + wait_s + squeeze_s + voided_s)
+        total_s = self._flat_s + self._slope_s * to_compute
+        if self._kv_tokens:
+            full = self._full + to_compute / self._kv_tokens
+            total_s += self._squeeze_s * full / (1 - full) if full <= FULL else sum(self._room(to_compute))
+        if transferred:
+            total_s += self._moved_s(transferred)
+        if voided:
+            total_s += voided * self._speed.token_s * (1 + self._own_others)
+        return 1000 * total_s
 
     def cost(self, to_compute: int, transferred: Transferred = (), voided: float = 0.0) -> Cost:
         """Of a request that would have so many tokens computed, and so many brought from slower media.
 
-        `voided`: tokens by which the engine is too crowded, see `crowding`.
+        `voided`: tokens by which the engine is too crowded, see `Bound`.
         """
         wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
         own_s = to_compute * self._speed.token_s
@@ -165,7 +170,18 @@ class Quote:
         return sum(self._speed.transfer_s(medium) * tokens for medium, tokens in transferred)
 
 
-def crowding(in_flight: int, mean: float) -> float:
-    """By how much an engine is over its bound: 0 up to it, 1 where no prefix counts. `mean`: in the fleet."""
-    over = in_flight / (mean + BOUND_SLACK) - BOUND
-    return over / VOID if over > 0 else 0.0
+class Bound(NamedTuple):
+    """How many requests in flight an engine may have, and by how many more no prefix counts there any longer."""
+
+    requests: float
+    void: float
+
+    @classmethod
+    def of(cls, in_flight: Sequence[int]) -> Bound:
+        """`in_flight`: of every engine of the fleet."""
+        mean = sum(in_flight) / max(len(in_flight), 1) + BOUND_SLACK
+        return cls(mean * BOUND, mean * VOID)
+
+    def crowding(self, in_flight: int) -> float:
+        """By how much an engine is over it: 0 up to it, 1 where no prefix counts."""
+        return max(in_flight - self.requests, 0.0) / self.void

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvatlas_common.fleet import InFlight, Load
+from kvatlas_common.fleet import Head, InFlight, Load
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.in_flight import InFlightBook, InFlightLimits
@@ -120,6 +120,7 @@ def test_the_sums_are_those_of_the_requests(run: list[tuple[str, Observation | N
         at = (router, observation.request_id)
         match observation:
             case Routed():
+                open_requests.pop(at, None)
                 open_requests[at] = [observation.engine, False]
             case FirstToken() if open_requests.get(at, [None])[0] == observation.engine:
                 open_requests[at][1] = True
@@ -130,6 +131,23 @@ def test_the_sums_are_those_of_the_requests(run: list[tuple[str, Observation | N
             seen = [began for (r, _), (e, began) in open_requests.items() if r != asking and e == engine]
             waiting = seen.count(False)
             assert it.others(engine, asking) == InFlight(waiting, 100 * waiting, seen.count(True))
+        oldest = next((r for (r, _), (e, began) in open_requests.items() if e == engine and not began), None)
+        for asking in ("r1", "r2", ""):
+            assert it.head(engine, asking).tokens == (0 if oldest in (None, asking) else 100)
+
+
+def test_an_engine_computes_the_oldest_prompt_that_anybody_waits_for() -> None:
+    it = book("r1", "r2")
+    it.observe("r1", routed("x", tokens=100), 1)
+    it.observe("r2", routed("y", tokens=200), 2)
+    assert (it.head(E1, "r1"), it.head(E1, "r2"), it.head(E2, "r2")) == (Head(0, 1), Head(100, 1), Head())
+    it.observe("r2", first("y"), 3)  # it overtook the oldest, which is that still
+    assert it.head(E1, "r2") == Head(100, 1)
+    it.observe("r2", routed("z", tokens=300), 4)
+    it.observe("r1", first("x"), 5)
+    assert (it.head(E1, "r1"), it.head(E1, "r2")) == (Head(300, 5), Head(0, 5))
+    it.observe("r2", finished("z"), 6)
+    assert it.head(E1, "r1") == Head()
 
 
 # -- who is told -------------------------------------------------------------------------------------------------------
@@ -150,7 +168,7 @@ def test_a_router_is_told_what_is_new_to_it_and_of_no_engine_of_another_shard() 
     assert board.in_flight_changed()
     assert not board.in_flight_changed()
     assert one.news() == ()
-    assert two.news() == ((E1, Load(running=3, scraped_at=1.0, others=InFlight(1, 100, 0))),)
+    assert two.news() == ((E1, Load(running=3, scraped_at=1.0, others=InFlight(1, 100, 0), head=Head(100, 0))),)
 
 
 def test_one_that_comes_later_is_told_all_there_is() -> None:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvatlas_loadtest.bench.__main__ import main
+from kvatlas_loadtest.bench.beside import Lookups, compared
+from kvatlas_loadtest.bench.dynamo import Question
+from kvatlas_loadtest.bench.feeds import Prompt
 from kvatlas_loadtest.bench.ingest import Ingest
+from kvatlas_loadtest.bench.lookups import WARM_UP
 from kvatlas_loadtest.bench.measurements import MEASUREMENTS, Measurement, chosen
 from kvatlas_loadtest.bench.rows import Options, at_least, at_most
 
@@ -34,6 +39,34 @@ BUDGETS = [
 
 def test_every_budget_has_its_row() -> None:
     assert sorted(row for m in MEASUREMENTS for row in m.rows) == sorted(BUDGETS)
+
+
+def test_beside_dynamo_there_are_rows_with_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"ingest_memory_of_dynamo", "grpc_match_memory_of_dynamo", "grpc_match_tokens_of_dynamo"}
+    monkeypatch.delenv("KVATLAS_BENCH_DYNAMO", raising=False)
+    assert not names & {row for m in MEASUREMENTS for row in m.owed}
+    monkeypatch.setenv("KVATLAS_BENCH_DYNAMO", "/some/python")
+    assert names < {row for m in MEASUREMENTS for row in m.owed}
+    assert [m.name for m in chosen(["grpc_match_tokens_of_dynamo"])] == ["grpc_memory"]
+
+
+def test_dynamo_is_compared_in_times() -> None:
+    ours, theirs = (Lookups(n, _never, 1, (), [s] * (WARM_UP + 3), spent=s) for n, s in (("ours", 0.5), ("its", 1.25)))
+    latency, cpu = compared("x", ours, theirs)
+    assert (latency["name"], latency["value"], latency["budget"], latency["within"]) == ("x_of_dynamo", 2.5, 2.0, True)
+    assert (cpu["name"], cpu["value"], cpu["budget"]) == ("x_of_dynamo_cpu", 2.5, None)
+
+
+def test_dynamo_is_asked_for_a_prompt_in_its_two_ways() -> None:
+    prompt = Prompt(np.random.default_rng(0), 2, 16)
+    for question, field, count in ((Question.by_hash, "block_hashes", 2), (Question.by_tokens, "token_ids", 32)):
+        head, _, body = question(prompt).data.partition(b"\r\n\r\n")
+        assert f"Content-Length: {len(body)}".encode() in head
+        assert len(json.loads(body)[field]) == count
+
+
+async def _never(number: int) -> tuple[dict[str, int], float]:
+    raise AssertionError(number)
 
 
 def test_measurements_are_chosen_by_their_name_or_by_a_row() -> None:

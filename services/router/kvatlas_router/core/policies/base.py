@@ -32,7 +32,7 @@ class Situation:
 
     def up(self) -> Situation:
         """Without the engines that are down."""
-        if all(c.state.standing is not Standing.DOWN for c in self.candidates):
+        if Standing.DOWN not in [c.state.standing for c in self.candidates]:
             return self
         return replace(self, candidates=[c for c in self.candidates if c.state.standing is not Standing.DOWN])
 

@@ -43,10 +43,7 @@ class Estimate:
 def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) -> Choice:
     tokens = situation.ask.prompt_tokens
     situation = situation.up()
-    costs = [
-        c.state.quote.total_ms(c.to_compute(tokens), c.transferred(), c.crowding * tokens) / c.state.share
-        for c in situation.candidates
-    ]
+    costs = [candidate.cost_ms(tokens) for candidate in situation.candidates]
     if temperature_ms <= 0:
         step = max(min(costs, default=0.0) * ALIKE, 1.0)
         return situation.ordered(strategy, [round(cost / step) for cost in costs])

@@ -84,8 +84,16 @@ class InFlight(_message.Message):
     decoding: int
     def __init__(self, prefilling: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., decoding: _Optional[int] = ...) -> None: ...
 
+class Head(_message.Message):
+    __slots__ = ("tokens", "age_s")
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    AGE_S_FIELD_NUMBER: _ClassVar[int]
+    tokens: int
+    age_s: float
+    def __init__(self, tokens: _Optional[int] = ..., age_s: _Optional[float] = ...) -> None: ...
+
 class EngineLoad(_message.Message):
-    __slots__ = ("engine", "running", "waiting", "kv_usage", "scraped_at", "loras", "others")
+    __slots__ = ("engine", "running", "waiting", "kv_usage", "scraped_at", "loras", "others", "head")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
     WAITING_FIELD_NUMBER: _ClassVar[int]
@@ -93,6 +101,7 @@ class EngineLoad(_message.Message):
     SCRAPED_AT_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
     OTHERS_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
     engine: str
     running: int
     waiting: int
@@ -100,7 +109,8 @@ class EngineLoad(_message.Message):
     scraped_at: float
     loras: _containers.RepeatedScalarFieldContainer[str]
     others: InFlight
-    def __init__(self, engine: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., scraped_at: _Optional[float] = ..., loras: _Optional[_Iterable[str]] = ..., others: _Optional[_Union[InFlight, _Mapping]] = ...) -> None: ...
+    head: Head
+    def __init__(self, engine: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_usage: _Optional[float] = ..., scraped_at: _Optional[float] = ..., loras: _Optional[_Iterable[str]] = ..., others: _Optional[_Union[InFlight, _Mapping]] = ..., head: _Optional[_Union[Head, _Mapping]] = ...) -> None: ...
 
 class Engine(_message.Message):
     __slots__ = ("id", "url", "models", "adapters", "root", "health", "profile", "profile_verified", "block_size", "sync", "inexact_reason", "max_model_len", "kv_tokens", "labels")

@@ -1,0 +1,1 @@
+"""What grows with what: `python -m kvatlas_loadtest.bench.curves`."""
