@@ -15,7 +15,7 @@ from kvatlas_router.adapters.job import Forwarded
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.choice import BY_COST, Term
 
-ROUTED_WITHIN_S = 0.005  # other routers should know soon what was sent where
+ROUTED_WITHIN_S = 0.002  # other routers should know soon what was sent where
 
 log = logging.getLogger(__name__)
 

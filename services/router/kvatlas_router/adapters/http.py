@@ -131,6 +131,7 @@ class PublicApi:
         self._keys = [k.encode() for k in rules.api_keys]
         self.in_flight = 0
         self.draining = False
+        metrics.in_flight.set_function(lambda: self.in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -193,12 +194,10 @@ class PublicApi:
             why = f"{self.in_flight} requests are in flight, the most this router takes (--in-flight-max)"
             raise HttpError(503, "overloaded", why, _retry_after(OVERLOADED_RETRY_S))
         self.in_flight += 1
-        self._metrics.in_flight.set(self.in_flight)
         try:
             await self._forward(request, lookup, receive, send)
         finally:
             self.in_flight -= 1
-            self._metrics.in_flight.set(self.in_flight)
 
     async def _forward(self, request: Request, lookup: Lookup, receive: Receive, send: Send) -> None:
         request.body = await read_body(request, receive, self._rules.body_bytes_max, self._rules.body_timeout_s)
