@@ -254,6 +254,24 @@ async def test_what_was_held_is_poured_before_the_failure_is_told() -> None:
     assert taken == [b"abc", b"def"]
 
 
+async def test_a_connection_that_is_gone_cannot_be_asked() -> None:
+    connection, wire = asked()
+    connection.connection_lost(None)
+    sent = wire.sent
+    connection.ask(b"GET / HTTP/1.1\r\n\r\n", b"")
+    assert await outcome(connection) == (0, b"", Fault.RESET)
+    assert wire.sent == sent
+
+
+async def test_what_broke_off_before_anybody_looked_is_a_failure() -> None:
+    connection, _ = asked()
+    connection.data_received(OK + b"Content-Length: 9\r\n\r\nabc")
+    connection.connection_lost(ConnectionResetError())
+    assert (await connection.head()).status == 200
+    with pytest.raises(EngineFailed):
+        await connection.begun()
+
+
 async def test_before_there_is_a_sink_only_so_much_is_read() -> None:
     connection, wire = asked()
     connection.data_received(OK + b"Content-Length: 9999999\r\n\r\n" + bytes(HELD_BYTES_MAX))

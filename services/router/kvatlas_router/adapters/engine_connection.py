@@ -88,7 +88,9 @@ class EngineConnection(asyncio.Protocol):
         self._reset(head_only=head_only)
         self._parser = httptools.HttpResponseParser(self)
         self._parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True)
-        if body:
+        if self._transport.is_closing():
+            self._fail(Fault.RESET, "closed before it was asked")
+        elif body:
             self._transport.writelines((head, body))
         else:
             self._transport.write(head)
@@ -100,8 +102,10 @@ class EngineConnection(asyncio.Protocol):
         return self._head
 
     async def begun(self) -> bytes:
-        """What has come of the body, once anything has; empty if there is none. It stays. Raises `EngineFailed`."""
-        while not self._pieces and not self._over:
+        """What has come of the body, once anything has; empty if there is none. It stays here. Raises `EngineFailed`,
+        also where a part has come: of what nobody was sent, a whole answer can still be had elsewhere.
+        """
+        while self._failure is not None or not (self._pieces or self._over):
             await self._changed()
         return b"".join(self._pieces)
 
