@@ -21,7 +21,9 @@ from tests.integration.router_kit import (
     DEADLINE_S,
     NO_INDEXER,
     Running,
+    Script,
     ScriptedEngine,
+    Seen,
     answer,
     eventually,
     replying,
@@ -32,13 +34,16 @@ from tests.integration.router_kit import (
 IDS = list(range(100, 200))
 TOKENS = {"model": "tiny", "prompt": IDS}  # needs no tokenizer: 6 blocks of 16 before the last token
 USAGE = answer(b'{"usage":{"prompt_tokens":100,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":48}}}')
+USUAL = replying(USAGE)
 GENEROUS = ("--lookup-deadline-ms", "2000")  # where the deadline is not what is tested
 
 
 @asynccontextmanager
-async def fleet(indexer: ScriptedIndexer, *flags: str) -> AsyncIterator[tuple[Running, str, str]]:
+async def fleet(
+    indexer: ScriptedIndexer, *flags: str, script: Script = USUAL
+) -> AsyncIterator[tuple[Running, str, str]]:
     """Two engines that only the indexer knows, and a router."""
-    async with ScriptedEngine(replying(USAGE)) as one, ScriptedEngine(replying(USAGE)) as two, indexer:
+    async with ScriptedEngine(script) as one, ScriptedEngine(script) as two, indexer:
         await indexer.tell(ready(one.address), ready(two.address))
         async with running("--indexer", indexer.address, *(flags or GENEROUS), ready=2) as run:
             yield run, one.address, two.address
@@ -86,6 +91,22 @@ async def test_of_a_stream_the_first_token_is_reported_too() -> None:
         assert isinstance(first, FirstToken)
         assert first.ttft_s > 0
         assert isinstance(finished, Finished)
+
+
+async def test_where_a_request_was_sent_is_reported_before_it_is_answered() -> None:
+    indexer, go_on = ScriptedIndexer(), asyncio.Event()
+
+    async def when_told(_: Seen, writer: asyncio.StreamWriter) -> None:
+        await go_on.wait()
+        writer.write(answer(b"{}"))
+
+    async with fleet(indexer, script=when_told) as (run, _, _):
+        asking = asyncio.create_task(run.post("/v1/completions", TOKENS))
+        await eventually(lambda: len(indexer.observed) == 1, "other routers are told soon")
+        assert isinstance(indexer.observed[0], Routed)
+        go_on.set()
+        assert (await asking)[0] == 200
+        await eventually(lambda: len(indexer.observed) == 2, "and once")
 
 
 async def test_a_short_prompt_needs_no_lookup() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import hashlib
 import json
 import random
 from collections.abc import Awaitable, Callable
@@ -111,6 +112,38 @@ async def test_a_chunk_is_passed_on_before_the_next_one_comes() -> None:
                 assert await reply.content.readany() == piece
             next_one.release()
         assert await reply.content.read() == b""
+
+
+async def test_an_engine_waits_for_a_client_that_does_not_read() -> None:
+    piece, total, written = random.Random(1).randbytes(1 << 20), 64, 0
+
+    async def much(_: Seen, writer: asyncio.StreamWriter) -> None:
+        nonlocal written
+        writer.write(EVENT_STREAM)
+        while written < total:
+            writer.write(chunk(piece))
+            await writer.drain()
+            written += 1
+        writer.write(b"0\r\n\r\n")
+
+    async with routed(ScriptedEngine(much)) as run:
+        reader, writer = await asyncio.open_connection("127.0.0.1", run.router.public_port, limit=1 << 16)
+        body = json.dumps(CHAT).encode()
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        async with asyncio.timeout(DEADLINE_S):
+            await reader.readuntil(b"\r\n\r\n")
+            seen = -1
+            while seen != written:  # until it stands still
+                seen = written
+                await asyncio.sleep(0.2)
+            assert written < total / 2
+            came = hashlib.sha256()
+            while size := int(await reader.readline(), 16):
+                came.update(await reader.readexactly(size))
+                await reader.readline()
+        assert came.digest() == hashlib.sha256(piece * total).digest()
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_a_client_that_leaves_cancels_its_request() -> None:

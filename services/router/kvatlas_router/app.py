@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import random
+import secrets
 import signal
 import socket
 import time
@@ -117,7 +118,7 @@ class Router:
             metrics=metrics,
             fail_opens=fail_opens,
             observe=self.index.observe,
-            new_id=lambda: uuid.uuid4().hex,
+            new_id=lambda: secrets.token_hex(16),
             started_at=time.time(),
         )
         admin = build_admin(decider, metrics, settings.session_header, settings.body_bytes_max, self._watch.current)

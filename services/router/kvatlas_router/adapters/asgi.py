@@ -5,16 +5,45 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 Scope = dict[str, Any]
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
+
+
+Result = TypeVar("Result")
+
+
+class Begun(Generator[Any, Any, Result]):
+    """Something awaitable, begun on the spot: without a task, a timer, or a turn of the event loop. If that was all
+    (`over`), there is a `result`; if it waits for something, whoever awaits this goes on with it.
+    """
+
+    __slots__ = ("_steps", "_waits_for", "over", "result")
+
+    def __init__(self, what: Awaitable[Result]) -> None:
+        self._steps = what.__await__()
+        try:
+            self._waits_for = [next(self._steps)]
+            self.over = False
+        except StopIteration as end:
+            self.result: Result = end.value
+            self.over = True
+
+    def __await__(self) -> Generator[Any, Any, Result]:
+        return self
+
+    def send(self, value: Any) -> Any:
+        return self._waits_for.pop() if self._waits_for else self._steps.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._steps.throw(*error)
 
 
 class ClientGone(Exception):
@@ -67,24 +96,32 @@ async def read_body(request: Request, receive: Receive, limit: int, timeout_s: f
     declared = request.header.get(b"content-length", b"0")
     if declared.isdigit() and int(declared) > limit:
         raise _too_large(limit)
+    first = Begun(receive())
+    if first.over and not first.result.get("more_body", False):
+        return _piece(first.result, 0, limit)  # most are there by the time they are asked for: no timer then
     chunks: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(timeout_s):
-            more = True
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                chunks.append(message.get("body", b""))
+            message = first.result if first.over else await first
+            while True:
+                chunks.append(_piece(message, size, limit))
                 size += len(chunks[-1])
-                if size > limit:
-                    raise _too_large(limit)
-                more = message.get("more_body", False)
+                if not message.get("more_body", False):
+                    return b"".join(chunks)
+                message = await receive()
     except TimeoutError:
         why = f"the body did not arrive within {timeout_s:g} s"
         raise HttpError(408, "request_timeout", why, ((b"connection", b"close"),)) from None
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+
+def _piece(message: Message, before: int, limit: int) -> bytes:
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    body: bytes = message.get("body", b"")
+    if before + len(body) > limit:
+        raise _too_large(limit)
+    return body
 
 
 def _too_large(limit: int) -> HttpError:

@@ -173,12 +173,10 @@ class Decider:
         return model, labels, _labelled(views, labels, model)
 
     def _ask(self, asked: Asked, model: str) -> Ask:
-        """What is known of a request without tokenising it."""
+        """What is known of a request at a glance."""
         return Ask(
             model,
             asked.estimated_tokens,
-            session=asked.body.session(asked.session),
-            prefix=asked.body.opening(),
             home=self.homes.of(asked.body.fields.get("previous_response_id")),
             streams=asked.body.streams,
         )
@@ -195,6 +193,7 @@ class _Inquiry:
         self._model = model
         self._views = views
         self._cause: str | None = None
+        self._named = False
 
     async def choice(self, plan: Plan) -> Choice:
         """By the first policy of the plan that has an answer. Raises `NoEngine`."""
@@ -215,6 +214,9 @@ class _Inquiry:
 
     def _chosen(self, policy: Policy, answer: MatchAnswer | None) -> Choice | None:
         decider, now = self._decider, self._decider.clock()
+        if policy.needs is Needs.NOTHING and not self._named:  # others do not go by these
+            self._named, body = True, self._asked.body
+            self.ask = replace(self.ask, session=body.session(self._asked.session), prefix=body.opening())
         with self.learnt.stage("choose"):
             return decider.chooser.choose(
                 policy,

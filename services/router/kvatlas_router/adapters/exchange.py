@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from dataclasses import dataclass, field
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_router.adapters.asgi import Headers, Request
 from kvatlas_router.adapters.decide import Decision
-from kvatlas_router.adapters.forward import Forwarded
+from kvatlas_router.adapters.job import Forwarded
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.choice import BY_COST, Term
+
+ROUTED_WITHIN_S = 0.002  # other routers should know soon what was sent where
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +32,8 @@ class Exchange:
     told: Forwarded = field(default_factory=Forwarded)
     ttft_s: float | None = None
     sent_at: float = 0.0
+    _untold: Term | None = None  # where the request was sent, and the index has not been told
+    _telling: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
         self.request.decided = True
@@ -46,8 +51,26 @@ class Exchange:
             fixed.append((b"x-kvatlas-cached-tokens", str(term.cached_tokens).encode()))
         return fixed
 
+    def sending(self, term: Term) -> None:
+        """Nothing to tell before it is sent."""
+
     def sent(self, term: Term) -> None:
-        decision, self.sent_at = self.decision, time.perf_counter()
+        """The index is told when the first byte has gone to the client, or that takes `ROUTED_WITHIN_S`: telling takes
+        longer than a request that has all in the cache would have to wait for it.
+        """
+        self.sent_at = time.perf_counter()
+        if self._untold is None:
+            self._telling = asyncio.get_running_loop().call_later(ROUTED_WITHIN_S, self._tell_routed)
+        self._untold = term
+
+    def _tell_routed(self) -> None:
+        term, self._untold = self._untold, None
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        if term is None:
+            return
+        decision = self.decision
         self.observe(
             Routed(
                 self.request.id,
@@ -68,10 +91,12 @@ class Exchange:
         now = time.perf_counter()
         self.ttft_s = now - self.request.arrived
         self.metrics.first_byte.observe(self.ttft_s)
+        self._tell_routed()
         if self.decision.ask.streams:  # of any other answer the first byte is its end
             self.observe(FirstToken(self.request.id, term.engine, self.decision.model, now - self.sent_at))
 
     def finished(self) -> None:
+        self._tell_routed()
         told, decision, metrics = self.told, self.decision, self.metrics
         total_s = time.perf_counter() - self.request.arrived
         metrics.requests.labels(self.request.route, told.outcome).inc()

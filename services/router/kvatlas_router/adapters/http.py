@@ -32,7 +32,7 @@ from kvatlas_router.adapters.asgi import (
 )
 from kvatlas_router.adapters.decide import Asked, Decider, Decision, Lookup, UnknownModel
 from kvatlas_router.adapters.exchange import Exchange
-from kvatlas_router.adapters.forward import Forwarded, Job
+from kvatlas_router.adapters.job import Forwarded, Job
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.core.admission import Place
 from kvatlas_router.core.body import Body, InvalidBody
@@ -131,6 +131,7 @@ class PublicApi:
         self._keys = [k.encode() for k in rules.api_keys]
         self.in_flight = 0
         self.draining = False
+        metrics.in_flight.set_function(lambda: self.in_flight)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -193,12 +194,10 @@ class PublicApi:
             why = f"{self.in_flight} requests are in flight, the most this router takes (--in-flight-max)"
             raise HttpError(503, "overloaded", why, _retry_after(OVERLOADED_RETRY_S))
         self.in_flight += 1
-        self._metrics.in_flight.set(self.in_flight)
         try:
             await self._forward(request, lookup, receive, send)
         finally:
             self.in_flight -= 1
-            self._metrics.in_flight.set(self.in_flight)
 
     async def _forward(self, request: Request, lookup: Lookup, receive: Receive, send: Send) -> None:
         request.body = await read_body(request, receive, self._rules.body_bytes_max, self._rules.body_timeout_s)
@@ -256,13 +255,16 @@ class PublicApi:
             raise HttpError(404, "not_found_error", why) from None
         except NoEngine as error:
             raise HttpError(503, "no_engine", str(error)[:300], _retry_after(NO_ENGINE_RETRY_S)) from None
+        asyncio.get_running_loop().call_soon(self._count, asked, decision)  # while the engine works
+        return decision
+
+    def _count(self, asked: Asked, decision: Decision) -> None:
         reason = decision.choice.reason
         self._metrics.chosen(reason.strategy, reason.cause)
         if asked.lookup is Lookup.PROMPT:
             self._fail_opens.decided(reason.cause, time.monotonic())
         for stage, seconds in decision.learnt.stages.items():
             self._metrics.stages.labels(stage).observe(seconds)
-        return decision
 
     def _session(self, request: Request) -> str | None:
         rules = self._rules

@@ -28,8 +28,8 @@ from kvatlas_common.tracing import CARRIED, Attributes, carried, context_of, fai
 from kvatlas_common.words import EngineId
 from kvatlas_router.adapters.asgi import Headers, Message, Receive, Request, Scope, Send
 from kvatlas_router.adapters.decide import Asked, Chooses, Decider, Index, Tokens
-from kvatlas_router.adapters.forward import Forwarded, Job, Listener
 from kvatlas_router.adapters.http import Forwards, Gates, route_of
+from kvatlas_router.adapters.job import Forwarded, Job, Listener
 from kvatlas_router.core.admission import Place
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.body import Body
@@ -252,7 +252,7 @@ class _Attempts:
     count: int = 0
     current: Span | None = None
 
-    def sent(self, term: Term) -> None:
+    def sending(self, term: Term) -> None:
         self._end("retried")  # where nobody said why
         host, _, port = term.engine.address.rpartition(":")
         attributes: Attributes = {
@@ -267,6 +267,9 @@ class _Attempts:
         self.current = self.tracer.start_span(self.request.method[:32], kind=SpanKind.CLIENT, attributes=attributes)
         self.request.headers = _handed_on(self.request.headers, self.current)
         self.sent_at = time.perf_counter()
+        self.inner.sending(term)
+
+    def sent(self, term: Term) -> None:
         self.inner.sent(term)
 
     def retried(self, why: str) -> None:
