@@ -177,7 +177,7 @@ async def test_a_new_life_numbered_above_the_old_is_never_taken_for_it(replay: b
         await one.engine.restart(first_seq=one.engine.publisher().next_seq + 7)
         await one.asked(2)
         await until(lambda: one.counted("restart"), "the new life to be known")
-        assert await one.reason()
+        await until(one.reason, "it to be said that its first messages are gone")
         gone = [key for key in old if key not in one.engine.block_table()]
         assert gone
         assert await one.index.held(one.engine.address, gone) == {}

@@ -33,7 +33,7 @@ async def _done_once() -> None:
         soon.within(0.0)
         await done.wait()
     assert len(came) == 2
-    assert came[1] - came[0] >= 0.05
+    assert came[1] - came[0] > 0.045  # uvloop tells the time in milliseconds
 
 
 async def test_is_not_done_after_it_was_stopped() -> None:
