@@ -189,19 +189,13 @@ class Terms(Sequence[Term]):
 
     def __init__(self, candidates: Sequence[Candidate], ranks: Iterable[Any], prompt_tokens: int) -> None:
         self._candidates = candidates
-        self._keys = list(
-            zip(
-                [candidate.state.standing for candidate in candidates],
-                ranks,
-                [candidate.state.last_used for candidate in candidates],
-                range(len(candidates)),
-                strict=True,
-            )
-        )
-        self._first = min(self._keys)[-1]
-        self._in_order = False
+        self._ranks = list(zip([c.state.standing for c in candidates], ranks, strict=True))
+        self._order: list[int] | None = None
         self._prompt_tokens = prompt_tokens
         self._made: dict[int, Term] = {}
+        least = min(self._ranks)
+        alike = [number for number, rank in enumerate(self._ranks) if rank == least]
+        self._first = min(alike, key=self._last_used)
 
     @overload
     def __getitem__(self, index: int) -> Term: ...
@@ -220,10 +214,12 @@ class Terms(Sequence[Term]):
     def _candidate(self, index: int) -> Candidate:
         if index == 0:
             return self._candidates[self._first]
-        if not self._in_order:
-            self._keys.sort()
-            self._in_order = True
-        return self._candidates[self._keys[index][-1]]
+        if self._order is None:
+            self._order = sorted(range(len(self._ranks)), key=lambda n: (self._ranks[n], self._last_used(n)))
+        return self._candidates[self._order[index]]
+
+    def _last_used(self, number: int) -> float:
+        return self._candidates[number].state.last_used
 
 
 @dataclass(frozen=True, slots=True)
