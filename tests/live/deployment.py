@@ -126,6 +126,8 @@ def deploy(vllm: Path, model: Path, configuration: Configuration, logs: Path) ->
         router.wait_until(
             lambda: deployment.router_metric("engines", health="ready") == len(engines), OURS_UP_S, "ready engines"
         )
+        # Until then engines are asked for tokens: right as well, but not what is looked at here.
+        router.wait_until(lambda: "tokenizer loaded" in router.log.read_text(errors="replace"), OURS_UP_S, "tokenizer")
         yield deployment
 
 

@@ -35,6 +35,7 @@ class RoutingHistory:
         self._lifetime_s = lifetime_s
         self._blocks_max = blocks_max
         self._engines: dict[EngineId, _Sent] = {}
+        self._begun: Begun = {}
         self._latest = 0.0
 
     def __len__(self) -> int:
@@ -47,7 +48,7 @@ class RoutingHistory:
         most = self._blocks_max if capacity is None else capacity
         sent = self._engines.get(engine)
         if sent is None:
-            sent = self._engines[engine] = _Sent()
+            sent = self._engines[engine] = _Sent(engine, self._begun)
         sent.touch(keys[:most], now)
         sent.drop(sent.blocks - most)
         sent.expire(now - self._lifetime_s)
@@ -58,7 +59,7 @@ class RoutingHistory:
             return {}
         now = self._latest = max(now, self._latest)
         horizon, first, begun = now - self._lifetime_s, int(keys[0]), list[tuple[EngineId, _Run]]()
-        for engine, sent in self._engines.items():
+        for engine, sent in list(self._begun.get(first, {}).items()):
             if sent.oldest < horizon:
                 sent.expire(horizon)
             if (run := sent.root.next.get(first)) is not None:
@@ -71,7 +72,8 @@ class RoutingHistory:
 
     def forget(self, engine: EngineId) -> None:
         """Its cache was cleared, or it left."""
-        self._engines.pop(engine, None)
+        if (sent := self._engines.pop(engine, None)) is not None:
+            sent.forget()
 
 
 class _Run:
@@ -89,10 +91,16 @@ class _Run:
         self.when = 0.0
 
 
-class _Sent:
-    """What one engine was sent."""
+Begun = dict[int, "dict[EngineId, _Sent]"]
+"""Engines by the first block of what they were sent: most prompts begin like none that was sent lately."""
 
-    def __init__(self) -> None:
+
+class _Sent:
+    """What one engine was sent. `begun`: of all engines, kept up to date."""
+
+    def __init__(self, engine: EngineId, begun: Begun) -> None:
+        self._engine = engine
+        self._begun = begun
         self.blocks = 0
         self.oldest = float("inf")  # no run was last sent before then
         self.root = _Run(array("Q"), None)
@@ -106,6 +114,8 @@ class _Sent:
             following = run.next.get(keys[at])
             if following is None:
                 following = run.next[keys[at]] = _Run(array("Q", keys[: at - 1 if at else None : -1]), run)
+                if not at:
+                    self._begun.setdefault(keys[0], {})[self._engine] = self
                 self.blocks += len(following.keys)
             elif not _is_whole(following, keys, at):
                 following = _split(following, _same(following, frozenset(keys), len(keys) - at))
@@ -144,6 +154,19 @@ class _Sent:
         del run.follows.next[run.keys[-1]]
         del self._runs[run]
         self.blocks -= len(run.keys)
+        if run.follows is self.root:
+            self._ended(run.keys[-1])
+
+    def forget(self) -> None:
+        for first in self.root.next:
+            self._ended(first)
+
+    def _ended(self, first: int) -> None:
+        """Nothing that begins with that block is kept any more."""
+        engines = self._begun[first]
+        del engines[self._engine]
+        if not engines:
+            del self._begun[first]
 
 
 def _leading(run: _Run, keys: Sequence[int], known: frozenset[int]) -> int:

@@ -179,23 +179,23 @@ def term_of(candidate: Candidate, prompt_tokens: int) -> Term:
     )
 
 
-Ranked = tuple[Standing, Any, float, int, Candidate]
-"""What a candidate goes by: the lowest first. The last but one is its number, so that candidates are not compared."""
-
-
 class Terms(Sequence[Term]):
     """Of all engines considered, in the order in which they are to be tried; each is made when it is looked at.
 
-    Nearly always that is the first alone: the others are put in order for whoever looks at a second one. `ranked`: in
-    any order, at least one.
+    That order is by standing, then by `ranks`, one per candidate, the lowest first; then the least recently used first.
+    Nearly always only the first is looked at: the others are put in order for whoever looks at a second one. There is
+    at least one.
     """
 
-    def __init__(self, ranked: list[Ranked], prompt_tokens: int) -> None:
-        self._ranked = ranked
-        self._first = min(ranked)
-        self._in_order = False
+    def __init__(self, candidates: Sequence[Candidate], ranks: Iterable[Any], prompt_tokens: int) -> None:
+        self._candidates = candidates
+        self._ranks = list(zip([c.state.standing for c in candidates], ranks, strict=True))
+        self._order: list[int] | None = None
         self._prompt_tokens = prompt_tokens
         self._made: dict[int, Term] = {}
+        least = min(self._ranks)
+        alike = [number for number, rank in enumerate(self._ranks) if rank == least]
+        self._first = min(alike, key=self._last_used)
 
     @overload
     def __getitem__(self, index: int) -> Term: ...
@@ -209,15 +209,17 @@ class Terms(Sequence[Term]):
         return self._made[index]
 
     def __len__(self) -> int:
-        return len(self._ranked)
+        return len(self._candidates)
 
     def _candidate(self, index: int) -> Candidate:
         if index == 0:
-            return self._first[-1]
-        if not self._in_order:
-            self._ranked.sort()
-            self._in_order = True
-        return self._ranked[index][-1]
+            return self._candidates[self._first]
+        if self._order is None:
+            self._order = sorted(range(len(self._ranks)), key=lambda n: (self._ranks[n], self._last_used(n)))
+        return self._candidates[self._order[index]]
+
+    def _last_used(self, number: int) -> float:
+        return self._candidates[number].state.last_used
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,14 +239,12 @@ class NoEngine(LookupError):
 
 
 def ordered(candidates: Sequence[Candidate], prompt_tokens: int, reason: Reason, ranks: Iterable[object]) -> Choice:
-    """The lowest of `ranks`, one per candidate, first within each standing; of those that rank alike, the least
-    recently used. `prompt_tokens` known or estimated. Raises `NoEngine` when there is none.
+    """See `Terms`; engines that are down are none of them. `prompt_tokens` known or estimated. Raises `NoEngine` when
+    there is none.
     """
-    ranked: list[Ranked] = [
-        (state.standing, rank, state.last_used, number, candidate)
-        for number, (candidate, rank) in enumerate(zip(candidates, ranks, strict=True))
-        if (state := candidate.state).standing is not Standing.DOWN
-    ]
-    if not ranked:
+    if Standing.DOWN in [candidate.state.standing for candidate in candidates]:
+        both = [(c, rank) for c, rank in zip(candidates, ranks, strict=True) if c.state.standing is not Standing.DOWN]
+        candidates, ranks = [candidate for candidate, _ in both], [rank for _, rank in both]
+    if not candidates:
         raise NoEngine("no engine is up")
-    return Choice(Terms(ranked, prompt_tokens), reason)
+    return Choice(Terms(candidates, ranks, prompt_tokens), reason)

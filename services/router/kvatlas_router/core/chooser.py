@@ -31,7 +31,8 @@ BURST_S = 10.0
 BURST_BLOCKS_MAX = 16_384  # per engine
 PROGRESS_MAX = 0.95
 """Of a prompt that is late: what it has still to go is not nothing."""
-STATE_S = 0.02
+STATE_S = 0.05
+"""How long an engine's state is used, if nothing happens there but that it computes on."""
 BUSY_LEARNING = 0.03
 NO_LOAD = Load()
 _BLOCK_OF_GUESSES = ESTIMATE_PROFILE.block_size
