@@ -112,7 +112,12 @@ async def deployed(
             return bool((await index.engine(engine.address)).get("profile_verified"))
 
         async def all_heard() -> bool:
-            return bool(await index.held(engine.address, list(engine.block_table())[-1:]))
+            """What is published while the engine goes from one shard to another is lost: there is no replay."""
+            for _ in range(20):
+                if await index.held(engine.address, list(engine.block_table())[-1:]):
+                    return True
+            await ask(session, engine.url, chat(f"{next(numbers)} is told once more " * 8))
+            return False
 
         await until(ready, "the engine to be known")
         await until(profiled, "the engine's profile, so that the router knows it from the start")
