@@ -6,7 +6,9 @@ is full, or a request has waited for `deadline_s`, the client is told when to tr
 
 A place that was given is taken until its request was sent (from then on the engine's own figures show it) or came to
 nothing. Lines may share engines (adapters do): a place that frees goes to the request that came first among all that
-could use it. Where no engine is left to wait for, all go on and are told so by the choice.
+could use it. Which engine a place is at is the choice's to say: a request may go where one of another line, still being
+decided, has no other engine to go to. There may then be as many too many as are being decided at that moment. Where no
+engine is left to wait for, all go on and are told so by the choice.
 """
 
 from __future__ import annotations
@@ -134,8 +136,8 @@ class Admission:
         called: list[Waiter] = []
         if self._queues:
             rooms = _Rooms(serving, free)
-            for line, count in self._unsent.items():
-                rooms.take(line, count)
+            for line, count in sorted(self._unsent.items(), key=lambda unsent: len(rooms.engines(unsent[0]))):
+                rooms.take(line, count)  # those that have the fewest engines to go to first
             heads = {q.head: m for m, q in self._queues.items()}
             while heads:
                 line = heads.pop(min(heads))
