@@ -131,6 +131,8 @@ class Candidate(NamedTuple):
         if match is not None:
             transferred = self.transferred()
             blocks = max(blocks, match.blocks)
+        elif not blocks and not crowding:
+            return state.quote.total_ms(prompt_tokens) / state.share
         computed = prompt_tokens - blocks * size
         return (
             state.quote.total_ms(computed if computed > 0 else 0, transferred, crowding * prompt_tokens) / state.share
@@ -187,15 +189,23 @@ class Terms(Sequence[Term]):
     at least one.
     """
 
-    def __init__(self, candidates: Sequence[Candidate], ranks: Iterable[Any], prompt_tokens: int) -> None:
+    def __init__(
+        self, candidates: Sequence[Candidate], standings: Sequence[Standing], ranks: Sequence[Any], prompt_tokens: int
+    ) -> None:
         self._candidates = candidates
-        self._ranks = list(zip([c.state.standing for c in candidates], ranks, strict=True))
+        self._standings = standings
+        self._ranks = ranks
         self._order: list[int] | None = None
         self._prompt_tokens = prompt_tokens
         self._made: dict[int, Term] = {}
-        least = min(self._ranks)
-        alike = [number for number, rank in enumerate(self._ranks) if rank == least]
-        self._first = min(alike, key=self._last_used)
+        best = min(standings)
+        if max(standings) is best:
+            least = min(ranks)
+            alike = [number for number, rank in enumerate(ranks) if rank == least]
+        else:
+            least = min(zip(standings, ranks, strict=True))
+            alike = [number for number, rank in enumerate(zip(standings, ranks, strict=True)) if rank == least]
+        self._first = alike[0] if len(alike) == 1 else min(alike, key=self._last_used)
 
     @overload
     def __getitem__(self, index: int) -> Term: ...
@@ -215,7 +225,8 @@ class Terms(Sequence[Term]):
         if index == 0:
             return self._candidates[self._first]
         if self._order is None:
-            self._order = sorted(range(len(self._ranks)), key=lambda n: (self._ranks[n], self._last_used(n)))
+            standings, ranks = self._standings, self._ranks
+            self._order = sorted(range(len(ranks)), key=lambda n: (standings[n], ranks[n], self._last_used(n)))
         return self._candidates[self._order[index]]
 
     def _last_used(self, number: int) -> float:
@@ -242,9 +253,11 @@ def ordered(candidates: Sequence[Candidate], prompt_tokens: int, reason: Reason,
     """See `Terms`; engines that are down are none of them. `prompt_tokens` known or estimated. Raises `NoEngine` when
     there is none.
     """
-    if Standing.DOWN in [candidate.state.standing for candidate in candidates]:
-        both = [(c, rank) for c, rank in zip(candidates, ranks, strict=True) if c.state.standing is not Standing.DOWN]
-        candidates, ranks = [candidate for candidate, _ in both], [rank for _, rank in both]
+    standings, ranks = [candidate.state.standing for candidate in candidates], list(ranks)
+    if Standing.DOWN in standings:
+        up = [number for number, standing in enumerate(standings) if standing is not Standing.DOWN]
+        candidates = [candidates[number] for number in up]
+        standings, ranks = [standings[number] for number in up], [ranks[number] for number in up]
     if not candidates:
         raise NoEngine("no engine is up")
-    return Choice(Terms(candidates, ranks, prompt_tokens), reason)
+    return Choice(Terms(candidates, standings, ranks, prompt_tokens), reason)

@@ -96,12 +96,14 @@ class Chooser:
         matches = {m.engine: m for m in answer.matches} if answer else {}
         unknown = frozenset(answer.unknown) if answer else frozenset()
         bound, keys, size_of_guesses = Bound.of([state.in_flight for state in states]), ask.keys, _BLOCK_OF_GUESSES
-        candidates = []
+        candidates: list[Candidate] = []
+        add, match_of = candidates.append, matches.get
         for state in states:
             view, in_flight = state.view, state.in_flight
             engine, own = view.id, view.profile in keys
-            match = matches.get(engine)
-            expected = lately.get(engine, 0) if lately else 0
+            match, expected = match_of(engine), 0
+            if lately:
+                expected = lately.get(engine, 0)
             if match is not None and match.expected > expected:
                 expected = match.expected
             if guessed or answer is None:
@@ -111,7 +113,7 @@ class Chooser:
             size = (view.block_size or size_of_guesses) if own else size_of_guesses
             crowding = bound.crowding(in_flight) if in_flight > bound.requests else 0.0
             # Half of the time of the constructor, for every engine of every choice.
-            candidates.append(_new_tuple(Candidate, (state, match, known, size, expected, crowding)))
+            add(_new_tuple(Candidate, (state, match, known, size, expected, crowding)))
         return candidates
 
     def send(self, term: Term, ask: Ask, now: float) -> Ticket:

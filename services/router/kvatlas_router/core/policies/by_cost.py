@@ -45,8 +45,8 @@ def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) ->
     situation = situation.up()
     costs = [candidate.cost_ms(tokens) for candidate in situation.candidates]
     if temperature_ms <= 0:
-        step = max(min(costs, default=0.0) * ALIKE, 1.0)
-        return situation.ordered(strategy, [round(cost / step) for cost in costs])
+        steps = 1 / max(min(costs, default=0.0) * ALIKE, 1.0)
+        return situation.ordered(strategy, [int(cost * steps + 0.5) for cost in costs])
     # The Gumbel trick: the smallest of costs so shifted is a draw from their softmax.
     return situation.ordered(strategy, [cost + temperature_ms * _gumbel(situation.chance()) for cost in costs])
 
