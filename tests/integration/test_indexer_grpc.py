@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import socket
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 
@@ -221,6 +222,20 @@ async def test_a_defect_costs_its_lookup_and_not_the_stream(
     await streaming.ask(2, wire.match_request("m", {PROFILE: [1]}))
     assert (await streaming.answer()).HasField("response")
     streaming.call.cancel()
+
+
+async def test_who_leaves_before_the_answer_disturbs_nobody(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+    streaming, request = Streaming(running), wire.match_request("m", {PROFILE: [1]})
+    running.index.may_answer.clear()
+    await streaming.ask(1, request)
+    async with asyncio.timeout(DEADLINE_S):
+        await running.index.being_asked.wait()
+    streaming.call.cancel()
+    running.index.may_answer.set()
+    async with asyncio.timeout(DEADLINE_S):
+        await running.stub.Match(request)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 async def test_a_drain_answers_what_a_stream_has_asked_and_ends_it(running: Running) -> None:

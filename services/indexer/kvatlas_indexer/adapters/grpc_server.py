@@ -169,10 +169,13 @@ class _KvIndex(pb_grpc.KvIndexServicer):
     ) -> None:
         self._index = index
         self._reports = reports
-        self._matches = Matches(index, options.keys_max, draining)
+        self._matches = Matches(index, options.keys_max, draining, self._answered_too_late)
         self._observed = observed
         self._draining = draining
         self._limited = limited
+
+    def _answered_too_late(self) -> None:
+        self._observed.too_late += 1
 
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchResponse:
         return await self._matches.one(request, context)

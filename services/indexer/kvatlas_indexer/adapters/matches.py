@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 
@@ -32,12 +31,17 @@ class _Refused(Exception):
 
 
 class Matches:
-    """`keys_max`: of one prompt. When `draining` is set streams end, once what they were asked is answered."""
+    """`keys_max`: of one prompt. When `draining` is set streams end, once what they were asked is answered. `too_late` is
+    called for an answer over a stream that has ended.
+    """
 
-    def __init__(self, index: Index, keys_max: int, draining: asyncio.Event) -> None:
+    def __init__(
+        self, index: Index, keys_max: int, draining: asyncio.Event, too_late: Callable[[], None] = lambda: None
+    ) -> None:
         self._index = index
         self._keys_max = keys_max
         self._draining = draining
+        self._too_late = too_late
 
     async def one(self, request: pb.MatchRequest, context: Context) -> pb.MatchResponse:
         try:
@@ -84,9 +88,11 @@ class Matches:
         except Exception:  # as of a call of its own
             log.exception("a lookup failed")
             answer = pb.StreamedMatchAnswer(id=asked.id, refusal=_DEFECT)
-        with contextlib.suppress(grpc.aio.UsageError, asyncio.InvalidStateError):  # who asked is gone
+        try:
             async with writing:
                 await context.write(answer)
+        except Exception:  # who asked is gone; gRPC does not export all that it raises then
+            self._too_late()
 
     async def _answer(self, request: pb.MatchRequest) -> MatchAnswer:
         """Raises `_Refused`."""

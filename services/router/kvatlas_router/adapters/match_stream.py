@@ -7,6 +7,7 @@ stream, lookups are calls of their own.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +16,9 @@ import grpc.aio
 
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 
+log = logging.getLogger(__name__)
+
+ASKED_MAX = 1024  # lookups that the shard has not taken in yet
 _RECONNECT_S = (0.1, 5.0)
 _NOT_THERE_S = 60.0  # after a shard has said that it has no such stream
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
@@ -48,10 +52,12 @@ class MatchStream:
         self._number = number = self._number + 1
         answered: asyncio.Future[pb.StreamedMatchAnswer] = asyncio.get_running_loop().create_future()
         self._waiting[number] = answered
-        self._asked.put_nowait(pb.StreamedMatch(id=number, request=request))
         try:
+            self._asked.put_nowait(pb.StreamedMatch(id=number, request=request))
             async with asyncio.timeout(timeout_s):
                 answer = await answered
+        except asyncio.QueueFull:
+            raise Refused(grpc.StatusCode.UNAVAILABLE, f"{ASKED_MAX} lookups wait to be sent") from None
         except TimeoutError:
             raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, f"no answer within {timeout_s:g} s") from None
         finally:
@@ -71,12 +77,15 @@ class MatchStream:
             except grpc.aio.AioRpcError as error:
                 not_there = error.code() is grpc.StatusCode.UNIMPLEMENTED
                 pause = _NOT_THERE_S if not_there else shortest if self.up else min(pause * 2, longest)
+            except Exception:  # a defect here or in grpc must not end the stream for good
+                log.exception("the stream of lookups failed")
+                pause = longest
             finally:
                 self._lost()
             await asyncio.sleep(pause)
 
     async def _answers(self) -> None:
-        asked = _Asked()
+        asked = _Asked(ASKED_MAX)
         call = self._stub.MatchStream(asked)
         try:
             await call.initial_metadata()

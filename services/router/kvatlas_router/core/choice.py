@@ -125,7 +125,7 @@ class Candidate(NamedTuple):
         return computed if computed > 0 else 0
 
     def cost_ms(self, prompt_tokens: int) -> float:
-        """What it comes to in all; a lesser share makes it dearer."""
+        """What it comes to in all; a lesser share makes it dearer. In one piece: for every engine of every choice."""
         state, match, _, size, blocks, crowding = self
         transferred: tuple[tuple[Medium, int], ...] = ()
         if match is not None:
