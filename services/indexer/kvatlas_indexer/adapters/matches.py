@@ -31,8 +31,8 @@ class _Refused(Exception):
 
 
 class Matches:
-    """`keys_max`: of one prompt. When `draining` is set streams end, once what they were asked is answered. `too_late` is
-    called for an answer over a stream that has ended.
+    """`keys_max`: of one prompt. When `draining` is set streams end, once what they were asked is answered. `too_late`
+    is called for an answer over a stream that has ended.
     """
 
     def __init__(
