@@ -167,18 +167,26 @@ def _at_once(payload: bytes) -> _MapBatch | _ArrayBatch | None:
 
 def _without_tokens(payload: bytes) -> _MapBatch | None:
     """None where the token ids cannot be told from the rest: see `token_ids`."""
-    if (found := taken_out(payload)) is None:
-        return None
-    try:
-        batch = _decode_maps(found[0])
-    except FOREIGN_ERRORS:
-        return None
-    stored = [event for event in batch.events if isinstance(event, _Stored)]
-    if len(stored) != len(found[1]) or any(bytes(event.token_ids) != STAND_IN for event in stored):
-        return None
-    for event, tokens in zip(stored, found[1], strict=True):
+    for spared, taken in taken_out(payload):
+        try:
+            batch = _decode_maps(spared)
+        except FOREIGN_ERRORS:
+            continue
+        if _put_back(batch, taken):
+            return batch
+    return None
+
+
+def _put_back(batch: _MapBatch, taken: list[memoryview]) -> bool:
+    """Token ids where their stand-ins are; False where those are not just there."""
+    stored = [event for event in batch.events if type(event) is _Stored]
+    if len(stored) != len(taken):
+        return False
+    for event, tokens in zip(stored, taken, strict=True):
+        if bytes(event.token_ids) != STAND_IN:
+            return False
         event.token_ids = msgspec.Raw(tokens)
-    return batch
+    return True
 
 
 def _one_by_one(payload: bytes) -> tuple[float, int | None, list[Event | RejectedEvent]]:

@@ -24,22 +24,41 @@ WORTH_BYTES = 1024
 _NAME = b"\xa9token_ids"
 _NEXT = b"\xaablock_size"
 _ITEM_BYTES_MAX = 9
+_TOKEN_BYTES_MAX = 5  # of an id below 2**32: what is longer for its length is no one array
+_HEAD_BYTES_MAX = 5
 
 
-def taken_out(payload: bytes) -> tuple[bytes, list[bytes]] | None:
-    """The message with stand-ins, and what they stand for, in order; None where it is not as vLLM writes it.
+Spared: TypeAlias = tuple[bytes, list[memoryview]]
+"""The message with stand-ins, and what they stand for, in order."""
 
-    From the end, as the array is long and looking backwards for a name is four times as fast.
-    """
-    if len(payload) < WORTH_BYTES:
+
+def taken_out(payload: bytes) -> Iterator[Spared]:
+    """The ways to take it apart, the likeliest first; none where it is not as vLLM writes it."""
+    if len(payload) >= WORTH_BYTES and (last := payload.rfind(_NEXT)) >= 0:
+        if (one := _one(payload, last)) is not None:
+            yield one
+        if (several := _several(payload, last)) is not None:
+            yield several
+
+
+def _one(payload: bytes, following: int) -> Spared | None:
+    """As if all from the first name to the last were the token ids of one event."""
+    start = payload.find(_NAME, 0, following) + len(_NAME)
+    tokens = memoryview(payload)[start:following]
+    if start < len(_NAME) or not _may_be_array(tokens, _TOKEN_BYTES_MAX):
         return None
-    parts, taken, end = list[bytes](), list[bytes](), len(payload)
-    following = payload.rfind(_NEXT)
+    spared = payload[:start] + STAND_IN + payload[following:]
+    return (spared, [tokens]) if spared.count(STAND_IN) == 1 else None
+
+
+def _several(payload: bytes, following: int) -> Spared | None:
+    """From the end, as the arrays are long and looking backwards for a name is four times as fast."""
+    whole, parts, taken, end = memoryview(payload), list[bytes](), list[memoryview](), len(payload)
     while following >= 0:
         before = payload.rfind(_NEXT, 0, following)
         start = payload.find(_NAME, max(before, 0), following) + len(_NAME)
-        tokens = payload[start:following]
-        if start < len(_NAME) or not _may_be_array(tokens):
+        tokens = whole[start:following]
+        if start < len(_NAME) or not _may_be_array(tokens, _ITEM_BYTES_MAX):
             return None
         taken.append(tokens)
         parts += (payload[following:end], STAND_IN)
@@ -51,5 +70,6 @@ def taken_out(payload: bytes) -> tuple[bytes, list[bytes]] | None:
     return (spared, taken) if spared.count(STAND_IN) == len(taken) > 0 else None
 
 
-def _may_be_array(raw: bytes) -> bool:
-    return raw[:1] == b"\x90" or 0 < array_length(raw) < len(raw) <= _ITEM_BYTES_MAX * array_length(raw) + 5
+def _may_be_array(raw: memoryview, item_bytes_max: int) -> bool:
+    items = array_length(raw)
+    return items < len(raw) <= item_bytes_max * items + _HEAD_BYTES_MAX and (items > 0 or raw[0] == 0x90)

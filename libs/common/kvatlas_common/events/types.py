@@ -22,7 +22,7 @@ _decode_tokens = msgspec.msgpack.Decoder(list[int]).decode
 decode_any = msgspec.msgpack.Decoder().decode
 
 
-def array_length(raw: msgspec.Raw | bytes) -> int:
+def array_length(raw: msgspec.Raw | memoryview | bytes) -> int:
     """How many items a msgpack array has, from its header alone; 0 where it is none."""
     head = memoryview(raw)
     start, size = head[0] if head else 0, len(head)

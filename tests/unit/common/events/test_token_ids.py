@@ -41,9 +41,7 @@ def one_by_one(payload: bytes) -> EventBatch:
 def test_what_was_taken_out_fits_where_the_stand_ins_are(count: int) -> None:
     removed = {"type": "BlockRemoved", "block_hashes": [9], "medium": "GPU"}
     payload = message(*[event for n in range(count) for event in (stored(MANY[n:]), removed)])
-    found = taken_out(payload)
-    assert found is not None
-    spared, taken = found
+    *_, (spared, taken) = taken_out(payload)
     assert taken == [pack(MANY[n:]) for n in range(count)]
     assert len(spared) < 200 * count
     for tokens in taken:
