@@ -10,9 +10,16 @@ it came). In a message that is well-formed both names occur once per event, wher
 happen to spell a name makes it occur once more. And were it not one value, the maps and arrays around it would not have
 as many items as they say. Only bytes that are no msgpack at all, within an array of token ids, are no longer seen when
 the message is decoded, but when somebody asks for the token ids. It costs nothing: the hashes of the blocks are beside.
+
+Most messages have one such array, however many events: it stands between the first name and the last, and neither is
+far from its end of the message. So that is tried first, and nobody reads the token ids even to find their end. Where it
+is wrong the message lacks events, or is none, and the decoder says so.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeAlias
 
 from kvatlas_common.events.types import array_length
 

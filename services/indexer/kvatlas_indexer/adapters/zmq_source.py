@@ -238,15 +238,16 @@ class ZmqSource:
 
     def _take_round(self, inlet: _Inlet) -> bool:
         """Hand on some messages of one socket. False: it has none left, and its descriptor will tell of the next."""
-        socket = inlet.socket
+        socket, receive = inlet.socket, inlet.socket.recv
         for _ in range(self._options.round_messages_max):
             try:
-                first = socket.recv(zmq.DONTWAIT, copy=False)
+                frame = first = receive(zmq.DONTWAIT, copy=False)
             except zmq.Again:
                 return False
             frames = [first.bytes]
-            if first.more:
-                frames += socket.recv_multipart(zmq.DONTWAIT)
+            while frame.more:
+                frame = receive(zmq.DONTWAIT, copy=False)
+                frames.append(frame.bytes)
             if inlet.origin.dialled is None:
                 peer = _peer(first)
                 if peer != inlet.origin.peer:
