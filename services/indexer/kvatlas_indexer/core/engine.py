@@ -6,7 +6,7 @@ that need the network (a replay) are returned.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -214,14 +214,13 @@ class Engine:
 
     def _perform(self, effects: Sequence[Effect], now: float) -> list[Network]:
         network: list[Network] = []
-        pending = deque(effects)
-        while pending:
-            effect = pending.popleft()
+        for effect in effects:
             match effect:
                 case Apply(message):
                     if self._ahead:
                         self._ahead = {p: last for p, last in self._ahead.items() if last >= message.seq}
-                    pending.extendleft(reversed(self._apply(message.batch, now)))
+                    if follows := self._apply(message.batch, now):
+                        network += self._perform(follows, now)
                 case BeginEpoch(reason):
                     self._begin_epoch(reason, now)
                 case Doubt(reason):
@@ -256,7 +255,7 @@ class Engine:
             if cleared:
                 self._clear(now)
             self._apply_events(events, now)
-        return self._reject(batch.rejected, now)
+        return self._reject(batch.rejected, now) if batch.rejected else []
 
     def _apply_events(self, events: Sequence[BlockStored | BlockRemoved], now: float) -> None:
         """Names are learned from all of them first: a window group may be announced before the group that tells."""

@@ -86,7 +86,8 @@ class KvIndex:
             return self._refuse("payload" if dialled else "message", dialled, f"from {peer or dialled}: {error}")
         if address is None:
             return []
-        engine = EngineId(address, port_rank if batch.rank is None else batch.rank)
+        rank = port_rank if batch.rank is None else batch.rank
+        engine = dialled if dialled is not None and dialled.rank == rank else EngineId(address, rank)
         message = Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch)
         return self.on_message(engine, message, now, speaks=dialled is None)
 

@@ -104,10 +104,13 @@ class Naming:
         findings: list[Finding] = []
         renamed: list[tuple[int, int]] = []
         for event in events:
-            if not isinstance(event, BlockStored) or not _tells(event, rules):
+            if not isinstance(event, BlockStored):
                 continue
             try:
-                if event.medium is Medium.GPU and self._wants(event):
+                wanted = event.medium is Medium.GPU and self._wants(event)
+                if not (wanted or self.mode is Mode.RECOMPUTE) or not _tells(event, rules):
+                    continue
+                if wanted:
                     root = self._root(event)
                     findings += self._judge(root, event.says_extra_keys)
                     if self.verified and self.mode is Mode.RECOMPUTE:

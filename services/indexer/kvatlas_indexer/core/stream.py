@@ -152,6 +152,8 @@ class Stream:
         self._heard = True
         if self._is_left_over(message):
             return [Duplicate(message.seq)]
+        if self._mode is _Mode.LIVE and self.last is not None and message.seq == self.last + 1:  # as nearly all are
+            return self._apply(message)
         if self._is_restart(message):
             return self._restart(message, f"its messages began again at {message.seq}", now)
         if self.last is not None and message.seq <= self.last:
@@ -160,8 +162,6 @@ class Stream:
             return self._hold(message, now)
         if self.last is None:
             return self._first(message, now)
-        if message.seq == self.last + 1:
-            return self._apply(message)
         if self.can_replay:
             return [*self._start(_Mode.FILL, now), *self._hold(message, now)]
         return [self._lose(f"{_between(self.last, message.seq)} lost", now), *self._apply(message)]
@@ -259,7 +259,8 @@ class Stream:
     # -- the rules -----------------------------------------------------------------------------------------------------
 
     def _is_left_over(self, message: Message) -> bool:
-        return message.ts <= self._floor_ts or (self._epoch_ts is not None and message.ts < self._epoch_ts)
+        ts = message.ts
+        return ts <= self._floor_ts or (self._epoch_ts is not None and ts < self._epoch_ts)
 
     def _is_restart(self, message: Message) -> bool:
         top = self._held.top
@@ -294,7 +295,7 @@ class Stream:
         self._digests[message.seq] = message.digest
         if len(self._digests) > self._limits.digests_kept:
             self._digests.popitem(last=False)
-        if any(type(event) is AllBlocksCleared for event in message.batch.events):
+        if AllBlocksCleared in map(type, message.batch.events):
             self._whole, self._loss = True, ""
             self._retry.call_off()
         return [Apply(message)]
