@@ -135,7 +135,7 @@ class Indexer:
             self._stack.push_async_callback(self._tracing.close)
         self._stack.callback(context.term)
         options = ZmqSourceOptions(settings.topic_prefix, message_bytes_max=settings.message_bytes_max)
-        self._source = ZmqSource(context, self._on_message, options, self._on_connection)
+        self._source = ZmqSource(context, self._on_message, options, self._on_connection, lambda: self._perform(()))
         self._stack.callback(self._source.close)
         self._replays = Replays(ReplayClient(context), self._on_replayed, self._on_replay_end)
         self._stack.push_async_callback(self._replays.close)
@@ -180,7 +180,7 @@ class Indexer:
             store=store,
             leases=RedisLeases(client, client.prefix, name),
             publisher=publisher,
-            hands=Hands(self._own, self._apply_message, self._perform),
+            hands=Hands(self._own, self._apply_parked, self._perform),
             recorded=lambda: {engine.address for engine in shared.fleet().engines},
             clock=time.monotonic,
             wall=time.time,
@@ -269,15 +269,21 @@ class Indexer:
     # -- what happens --------------------------------------------------------------------------------------------------
 
     def _on_message(self, origin: Origin, frames: list[bytes]) -> None:
+        """What it may have changed for others is looked into after the turn."""
         if self._shard is None or self._shard.admits(origin, frames):
-            self._apply_message(origin, frames)
+            self._apply(origin, frames)
 
-    def _apply_message(self, origin: Origin, frames: list[bytes]) -> None:
+    def _apply_parked(self, origin: Origin, frames: list[bytes]) -> None:
+        self._apply(origin, frames)
+        self._perform(())
+
+    def _apply(self, origin: Origin, frames: list[bytes]) -> None:
         came = time.time()
         commands = self.index.on_frames(
             frames, came, peer=origin.peer, dialled=origin.dialled, port_rank=origin.port_rank
         )
-        self._perform(commands)
+        if commands:
+            self._perform(commands)
         self._applying.add_between(came, time.time())
 
     def _on_connection(self, engine: EngineId, up: bool) -> None:

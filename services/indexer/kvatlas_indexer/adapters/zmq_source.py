@@ -100,6 +100,7 @@ class ZmqSource:
 
     `frames` is what was received: `[topic, sequence, payload]` from a vLLM engine, any number of any bytes from others.
     `on_connection(engine, up)` is called for a dialled engine: not up when it is dialled, and at every change.
+    `on_turn()` follows the messages of a turn: what need not be done after each of them is done once after all.
     """
 
     def __init__(
@@ -108,11 +109,13 @@ class ZmqSource:
         on_message: OnMessage,
         options: ZmqSourceOptions = ZmqSourceOptions(),
         on_connection: OnConnection = lambda engine, up: None,
+        on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         self.received = Received()
         self._context = context
         self._on_message = on_message
         self._on_connection = on_connection
+        self._on_turn = on_turn
         self._options = options
         self._listening: list[_Inlet] = []
         self._dialled: dict[EngineId, _Inlet] = {}
@@ -235,6 +238,7 @@ class ZmqSource:
                 break
         if self._readable:
             self._schedule_turn()
+        self._on_turn()
 
     def _take_round(self, inlet: _Inlet) -> bool:
         """Hand on some messages of one socket. False: it has none left, and its descriptor will tell of the next."""

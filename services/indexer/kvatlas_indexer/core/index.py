@@ -62,6 +62,7 @@ class KvIndex:
         self._specs: dict[str, EngineSpec] = {}
         self._claims = Claims(lease_s=self.rules.engine_lease_s)
         self._views: dict[EngineId, EngineView] = {}
+        self._heard: dict[EngineId, Known] = {}  # engines whose messages may have changed what their view shows
         self._stale: set[EngineId] = set()  # engines whose view is to be made anew
         self._fleet: Fleet | None = Fleet()
         self._matching_version = 0  # rises when a view changes in what matching rests on
@@ -125,7 +126,9 @@ class KvIndex:
         if known is None:
             return []
         known.speaks = known.speaks or speaks
-        return self._commands(known, known.engine.on_message(message, now))
+        network = known.engine.on_message(message, now)
+        self._heard[engine] = known  # to be looked into when somebody asks, not after each of many messages
+        return self._asked(known, network)
 
     def on_replayed(self, engine: EngineId, seq: int, payload: bytes, now: float) -> list[Command]:
         try:
@@ -278,6 +281,7 @@ class KvIndex:
     @property
     def fleet_is_stale(self) -> bool:
         """Whether `fleet()` may differ from what it last was."""
+        self._settle()
         return bool(self._stale) or self._fleet is None
 
     def engine(self, engine: EngineId) -> Engine | None:
@@ -364,12 +368,17 @@ class KvIndex:
         return known.facts.adapters if known and known.facts else ()
 
     def _verified_profiles(self) -> list[HashProfile]:
+        self._settle()
         if self._verified is None:
             namings = [known.engine.naming for known in self._known.values()]
             self._verified = list(dict.fromkeys(n.profile for n in namings if n.verified and n.profile is not None))
         return self._verified
 
     def _commands(self, known: Known, network: Iterable[Network]) -> list[Command]:
+        self._look_into(known)
+        return self._asked(known, network)
+
+    def _asked(self, known: Known, network: Iterable[Network]) -> list[Command]:
         engine, commands = known.engine, list[Command]()
         for request in network:
             match request:
@@ -381,12 +390,19 @@ class KvIndex:
                     commands.append(StopReplay(engine.id))
         for finding in engine.take_findings():
             self._on_finding(engine.id, finding)
+        return commands
+
+    def _settle(self) -> None:
+        while self._heard:
+            self._look_into(self._heard.popitem()[1])
+
+    def _look_into(self, known: Known) -> None:
+        """Whether its state is another one than its view shows."""
         status = known.status_now()
         if status != known.status:
             known.status, self._verified = status, None
             self._matching_version += 1
-            self._stale.add(engine.id)
-        return commands
+            self._stale.add(known.id)
 
     def _refuse(self, reason: str, engine: EngineId | None, why: str | Finding) -> list[Command]:
         self.refused[reason] += 1
@@ -395,6 +411,7 @@ class KvIndex:
 
     def _freshen(self) -> None:
         """The views as they are now. What does not matter to matching leaves the plans as they are."""
+        self._settle()
         for engine in self._stale:
             known, before = self._known.get(engine), self._views.pop(engine, None)
             after = known.view(self.rules.expected) if known else None
