@@ -142,7 +142,7 @@ def decode_batch(payload: bytes) -> EventBatch:
         raise MalformedBatch(f"data_parallel_rank: {rank} is not in 0..{RANK_MAX}")
     if not 0 <= ts < 1e12:  # also turns away NaN, which would poison every later comparison
         raise MalformedBatch(f"ts: {ts} is not a time in seconds")
-    events = tuple([event for event in found if not isinstance(event, RejectedEvent)])
+    events = tuple([event for event in found if type(event) is not RejectedEvent])
     if len(events) == len(found):
         return EventBatch(ts, rank, events)
     return EventBatch(ts, rank, events, tuple([event for event in found if isinstance(event, RejectedEvent)]))
@@ -150,15 +150,14 @@ def decode_batch(payload: bytes) -> EventBatch:
 
 def _at_once(payload: bytes) -> _MapBatch | _ArrayBatch | None:
     """None where it is not the usual thing: `ts` written as a double, all events of the same form, none that is bad."""
-    head = payload[: _EVENTS_AT + 6]
-    if len(head) < _EVENTS_AT + 6 or not 0x92 <= head[0] <= 0x9F or head[1] != 0xCB:
+    if len(payload) < _EVENTS_AT + 6 or not 0x92 <= payload[0] <= 0x9F or payload[1] != 0xCB:
         return None
-    events = head[_EVENTS_AT]
+    events = payload[_EVENTS_AT]
     first = _EVENTS_AT + (1 if events <= 0x9F else 3 if events == 0xDC else 5)
-    if array_length(head[_EVENTS_AT:]) > EVENTS_MAX:
+    if len(payload) > EVENTS_MAX and array_length(payload[_EVENTS_AT:first]) > EVENTS_MAX:
         return None
     try:
-        if head[first] in _MAP_STARTS:
+        if payload[first] in _MAP_STARTS:
             return _without_tokens(payload) or _decode_maps(payload)
         return _decode_arrays(payload)
     except FOREIGN_ERRORS:
