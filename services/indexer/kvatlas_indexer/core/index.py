@@ -379,7 +379,8 @@ class KvIndex:
         return self._asked(known, network)
 
     def _asked(self, known: Known, network: Iterable[Network]) -> list[Command]:
-        engine, commands = known.engine, list[Command]()
+        engine = known.engine
+        commands: list[Command] = []
         for request in network:
             match request:
                 case RequestReplay(first_seq, delay_s):
