@@ -24,8 +24,10 @@ class Durations:
 
     def add_between(self, then: float, now: float) -> None:
         """By the clocks of two machines: where they cannot both be right, nothing is counted."""
-        if 0 <= now - then < SANE_S:
-            self.add(now - then)
+        seconds = now - then
+        if 0 <= seconds < SANE_S:
+            self._counts[bisect_left(self.bounds, seconds)] += 1
+            self.sum_s += seconds
 
     def cumulative(self) -> list[tuple[float, int]]:
         """(upper bound, how many took at most so long); the last bound is infinite."""
