@@ -209,7 +209,7 @@ async def bench(tmp_path: Path, engine_url: str, events: str, patience: Patience
     spec, warnings, context = parse_engine(f"{engine_url},events={events}"), list[str](), new_context()
     with CaptureWriter(tmp_path / "c") as files:
         log = EventLog(files.message, time.time)
-        source = ZmqSource(context, log.on_message)
+        source = ZmqSource(context, list, log.on_message)
         source.set_dialled({spec.id: events})
         try:
             async with open_session() as session:

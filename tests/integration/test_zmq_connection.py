@@ -43,7 +43,7 @@ class Told:
 
 async def test_a_connection_is_told_as_it_comes_and_goes_and_comes_back(context: Context) -> None:
     told = Told()
-    source = ZmqSource(context, lambda origin, frames: None, OPTIONS, told)
+    source = ZmqSource(context, list, lambda origin, frames: None, OPTIONS, on_connection=told)
     engine = context.socket(zmq.PUB)
     engine.bind("tcp://127.0.0.1:*")
     endpoint = engine.get_string(zmq.LAST_ENDPOINT)
@@ -79,7 +79,7 @@ async def test_what_answers_but_is_no_publisher_is_no_connection(context: Contex
         knocks.release()
 
     told = Told()
-    source = ZmqSource(context, lambda origin, frames: None, OPTIONS, told)
+    source = ZmqSource(context, list, lambda origin, frames: None, OPTIONS, on_connection=told)
     async with await asyncio.start_server(babble, "127.0.0.1", 0) as server:
         source.set_dialled({ENGINE: f"tcp://127.0.0.1:{server.sockets[0].getsockname()[1]}"})
         async with asyncio.timeout(DEADLINE_S):

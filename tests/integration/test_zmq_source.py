@@ -26,7 +26,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self.messages: list[tuple[Origin, list[bytes]]] = []
-        self.sources: list[ZmqSource] = []
+        self.sources: list[ZmqSource[list[bytes]]] = []
         self._came = asyncio.Event()
 
     def __call__(self, origin: Origin, frames: list[bytes]) -> None:
@@ -91,8 +91,8 @@ async def inbox() -> AsyncIterator[Inbox]:
         source.close()
 
 
-def make_source(context: Context, inbox: Inbox, options: ZmqSourceOptions | None = None) -> ZmqSource:
-    source = ZmqSource(context, inbox, options or ZmqSourceOptions())
+def make_source(context: Context, inbox: Inbox, options: ZmqSourceOptions | None = None) -> ZmqSource[list[bytes]]:
+    source = ZmqSource(context, list, inbox, options or ZmqSourceOptions())
     inbox.sources.append(source)
     return source
 
@@ -271,7 +271,7 @@ async def test_a_bug_behind_the_callback_costs_one_message(context: Context, eng
         if frames[-1] == b"bad":
             raise RuntimeError("a bug")
 
-    source = ZmqSource(context, on_message)
+    source = ZmqSource(context, list, on_message)
     inbox.sources.append(source)
     (endpoint,) = source.listen(("tcp://127.0.0.1:0",))
     engine = engines.connect(endpoint)

@@ -233,7 +233,7 @@ async def _until_asked(work: Coroutine[None, None, None]) -> str:
 
 async def _run(plan: Plan, recorder: Recorder, session: aiohttp.ClientSession, log: EventLog, screen: Screen) -> None:
     context = new_context()
-    source = ZmqSource(context, log.on_message, ZmqSourceOptions(topic_prefix=plan.topic))
+    source = ZmqSource(context, list, log.on_message, ZmqSourceOptions(topic_prefix=plan.topic))
     waiting = screen.progress.add_task("waiting for the engine's events", total=None, figures="")
     try:
         _subscribe(plan, source)
@@ -249,7 +249,7 @@ async def _run(plan: Plan, recorder: Recorder, session: aiohttp.ClientSession, l
         context.term()
 
 
-def _subscribe(plan: Plan, source: ZmqSource) -> None:
+def _subscribe(plan: Plan, source: ZmqSource[list[bytes]]) -> None:
     if plan.zmq_listen is not None:
         try:
             source.listen((plan.zmq_listen,), plan.engine.ranks)

@@ -54,6 +54,7 @@ from kvatlas_indexer.core.healing import Healing
 from kvatlas_indexer.core.index import Command, KvIndex, Rules
 from kvatlas_indexer.core.loads import LoadBoard
 from kvatlas_indexer.core.naming import Expected
+from kvatlas_indexer.core.reading import Reading, read
 from kvatlas_indexer.core.routing import Routing
 from kvatlas_indexer.core.stream import Limits, ReplayEnd
 from kvatlas_indexer.settings import IndexerSettings
@@ -67,8 +68,6 @@ LOADS_GAP_S = 0.005
 """What routers have in flight is told to the others at once, but no more often: two routers that do not know of each
 other's last request choose the same engine."""
 SWEEP_PARTS = 8  # parts of the key space swept between two turns of the loop
-
-
 SERVICE = "kvatlas-indexer"
 
 
@@ -135,7 +134,14 @@ class Indexer:
             self._stack.push_async_callback(self._tracing.close)
         self._stack.callback(context.term)
         options = ZmqSourceOptions(settings.topic_prefix, message_bytes_max=settings.message_bytes_max)
-        self._source = ZmqSource(context, self._on_message, options, self._on_connection, lambda: self._perform(()))
+        self._source = ZmqSource(
+            context,
+            lambda frames: read(frames, time.time()),
+            self._on_message,
+            options,
+            on_connection=self._on_connection,
+            on_turn=lambda: self._perform(()),
+        )
         self._stack.callback(self._source.close)
         self._replays = Replays(ReplayClient(context), self._on_replayed, self._on_replay_end)
         self._stack.push_async_callback(self._replays.close)
@@ -180,7 +186,7 @@ class Indexer:
             store=store,
             leases=RedisLeases(client, client.prefix, name),
             publisher=publisher,
-            hands=Hands(self._own, self._apply_parked, self._perform),
+            hands=Hands(self._own, self._apply, self._perform),
             recorded=lambda: {engine.address for engine in shared.fleet().engines},
             clock=time.monotonic,
             wall=time.time,
@@ -268,23 +274,17 @@ class Indexer:
 
     # -- what happens --------------------------------------------------------------------------------------------------
 
-    def _on_message(self, origin: Origin, frames: list[bytes]) -> None:
-        """What it may have changed for others is looked into after the turn."""
-        if self._shard is None or self._shard.admits(origin, frames):
-            self._apply(origin, frames)
+    def _on_message(self, origin: Origin, reading: Reading) -> None:
+        if self._shard is None or self._shard.admits(origin, reading):
+            self._apply(origin, reading)
 
-    def _apply_parked(self, origin: Origin, frames: list[bytes]) -> None:
-        self._apply(origin, frames)
-        self._perform(())
-
-    def _apply(self, origin: Origin, frames: list[bytes]) -> None:
-        came = time.time()
-        commands = self.index.on_frames(
-            frames, came, peer=origin.peer, dialled=origin.dialled, port_rank=origin.port_rank
+    def _apply(self, origin: Origin, reading: Reading) -> None:
+        commands = self.index.on_read(
+            reading, time.time(), peer=origin.peer, dialled=origin.dialled, port_rank=origin.port_rank
         )
         if commands:
             self._perform(commands)
-        self._applying.add_between(came, time.time())
+        self._applying.add_between(reading.came, time.time())
 
     def _on_connection(self, engine: EngineId, up: bool) -> None:
         if up:

@@ -142,7 +142,7 @@ def decode_batch(payload: bytes) -> EventBatch:
         raise MalformedBatch(f"data_parallel_rank: {rank} is not in 0..{RANK_MAX}")
     if not 0 <= ts < 1e12:  # also turns away NaN, which would poison every later comparison
         raise MalformedBatch(f"ts: {ts} is not a time in seconds")
-    events = tuple([event for event in found if type(event) is not RejectedEvent])
+    events = tuple([event for event in found if not isinstance(event, RejectedEvent)])
     if len(events) == len(found):
         return EventBatch(ts, rank, events)
     return EventBatch(ts, rank, events, tuple([event for event in found if isinstance(event, RejectedEvent)]))

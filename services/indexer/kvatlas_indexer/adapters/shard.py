@@ -20,11 +20,12 @@ from kvatlas_indexer.adapters.publisher import Publisher
 from kvatlas_indexer.adapters.redis_client import StoreUnavailable
 from kvatlas_indexer.adapters.redis_leases import Beat, RedisLeases
 from kvatlas_indexer.adapters.redis_store import RedisStore
-from kvatlas_indexer.adapters.zmq_source import OnMessage, Origin
+from kvatlas_indexer.adapters.zmq_source import Origin
 from kvatlas_indexer.core.handover import Holding, Reached, resume
 from kvatlas_indexer.core.index import Command, KvIndex
 from kvatlas_indexer.core.known import Known
 from kvatlas_indexer.core.ownership import Move, Ownership
+from kvatlas_indexer.core.reading import Reading
 from kvatlas_indexer.core.records import EngineRecord, decode_record
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,8 @@ class Hands:
     """What the shard has the indexer do."""
 
     own: Callable[[list[EngineSpec]], None]  # from now on dial, probe and index these
-    apply: OnMessage  # a message that was parked
-    perform: Callable[[Iterable[Command]], None]
+    apply: Callable[[Origin, Reading], None]  # a message that was parked
+    perform: Callable[[Iterable[Command]], None]  # and whatever follows of messages that were applied
 
 
 class Shard:
@@ -77,7 +78,7 @@ class Shard:
         self._told_specs = False  # before that, every engine looks like one in no list
         self._fences: dict[str, int] = {}  # of the engines this shard holds, or is taking
         self._taken: set[str] = set()  # of those, the ones it has taken in whole
-        self._parked: dict[str, deque[tuple[Origin, list[bytes]]]] = {}
+        self._parked: dict[str, deque[tuple[Origin, Reading]]] = {}
         self._hurry = asyncio.Event()
         self._asked: list[str] = []  # engines of the last heartbeat: of one cut short, the lease may be held unawares
         self._beaten = False
@@ -91,13 +92,13 @@ class Shard:
         self._own()
         self._hurry.set()
 
-    def admits(self, origin: Origin, frames: list[bytes]) -> bool:
+    def admits(self, origin: Origin, reading: Reading) -> bool:
         """Whether a message is to be applied now; one that is not is parked until its engine has been taken."""
         if origin.dialled is not None:
             return origin.dialled.address in self._taken
         try:
-            topic = decode_topic(frames[0])
-        except (MalformedBatch, IndexError):
+            topic = decode_topic(reading.topic)
+        except MalformedBatch:
             return True  # the index refuses it, and says why
         address = f"{topic.host}:{topic.port or self._index.rules.engine_port}"
         self._ownership.heard(address, self._clock())
@@ -107,7 +108,7 @@ class Shard:
             return False
         parked = self._parked.setdefault(address, deque())
         if len(parked) < PARKED_MAX:
-            parked.append((origin, frames))
+            parked.append((origin, reading))
         self._hurry.set()
         return False
 
@@ -246,8 +247,9 @@ class Shard:
             if (known := self._index.engine(engine)) is not None:
                 self._hands.perform(self._index.on_taken(known.id, self._wall()))
         for address in fences:
-            for origin, frames in self._parked.pop(address, ()):
-                self._hands.apply(origin, frames)
+            for origin, reading in self._parked.pop(address, ()):
+                self._hands.apply(origin, reading)
+        self._hands.perform(())
         log.info("engines taken", extra={"engines": sorted(fences)})
 
     async def _unwanted(self, records: Mapping[EngineId, EngineRecord], fences: Mapping[str, int]) -> list[EngineId]:

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
+from typing import Generic, TypeVar
 
 import zmq
 
@@ -54,13 +55,14 @@ class Origin:
     port_rank: int
 
 
-OnMessage = Callable[[Origin, list[bytes]], None]
+T = TypeVar("T")
 OnConnection = Callable[[EngineId, bool], None]
 
 
 @dataclass(frozen=True, slots=True)
 class ZmqSourceOptions:
-    """`turn_s`: how long one turn may keep the event loop; `round_messages_max`: messages of one socket per round.
+    """`turn_s`: how long one turn may keep the event loop; `round_messages_max`: messages of one socket per round,
+    and `round_bytes_max` their bytes, beyond which it takes no more.
 
     `topic_prefix`: only messages whose topic starts with it are taken at all. The reconnect times are those of ZeroMQ:
     the first interval, doubled after each failure up to the second.
@@ -71,6 +73,7 @@ class ZmqSourceOptions:
     message_bytes_max: int = MESSAGE_BYTES_MAX
     turn_s: float = 0.001
     round_messages_max: int = 16
+    round_bytes_max: int = 1 << 20
     reconnect_s: float = 0.1
     reconnect_max_s: float = 1.0
 
@@ -95,24 +98,29 @@ class _Inlet:
     waiting: bool = False  # stands in the queue of those with something to read
 
 
-class ZmqSource:
-    """Every KV event stream of an indexer. Used from one event loop; `on_message(origin, frames)` is called in it.
+class ZmqSource(Generic[T]):
+    """Every KV event stream of an indexer. Used from one event loop; `on_message(origin, read(frames))` is
+    called in it.
 
     `frames` is what was received: `[topic, sequence, payload]` from a vLLM engine, any number of any bytes from others.
-    `on_connection(engine, up)` is called for a dialled engine: not up when it is dialled, and at every change.
-    `on_turn()` follows the messages of a turn: what need not be done after each of them is done once after all.
+    A round's messages are all read before the first is handed on. `on_turn()` follows the messages of a turn: what need
+    not be done after each of them is done once after all. `on_connection(engine, up)` is called for a dialled engine:
+    not up when it is dialled, and at every change.
     """
 
     def __init__(
         self,
         context: Context,
-        on_message: OnMessage,
+        read: Callable[[list[bytes]], T],
+        on_message: Callable[[Origin, T], None],
         options: ZmqSourceOptions = ZmqSourceOptions(),
+        *,
         on_connection: OnConnection = lambda engine, up: None,
         on_turn: Callable[[], None] = lambda: None,
     ) -> None:
         self.received = Received()
         self._context = context
+        self._read = read
         self._on_message = on_message
         self._on_connection = on_connection
         self._on_turn = on_turn
@@ -242,12 +250,33 @@ class ZmqSource:
 
     def _take_round(self, inlet: _Inlet) -> bool:
         """Hand on some messages of one socket. False: it has none left, and its descriptor will tell of the next."""
-        socket, receive = inlet.socket, inlet.socket.recv
-        for _ in range(self._options.round_messages_max):
+        came, more = self._receive(inlet)
+        self.received.messages += len(came)
+        read: list[tuple[Origin, T]] = []
+        for origin, frames in came:
+            try:
+                read.append((origin, self._read(frames)))
+            except Exception:
+                self._lose(origin)
+        for origin, message in read:
+            if inlet.socket.closed:  # by what a message led to
+                return False
+            try:
+                self._on_message(origin, message)
+            except Exception:
+                self._lose(origin)
+        return more
+
+    def _receive(self, inlet: _Inlet) -> tuple[list[tuple[Origin, list[bytes]]], bool]:
+        """Also whether there may be more."""
+        receive = inlet.socket.recv
+        came: list[tuple[Origin, list[bytes]]] = []
+        ends_at = self.received.bytes + self._options.round_bytes_max
+        while len(came) < self._options.round_messages_max and self.received.bytes < ends_at:
             try:
                 frame = first = receive(zmq.DONTWAIT, copy=False)
             except zmq.Again:
-                return False
+                return came, False
             frames = [first.bytes]
             while frame.more:
                 frame = receive(zmq.DONTWAIT, copy=False)
@@ -256,23 +285,17 @@ class ZmqSource:
                 peer = _peer(first)
                 if peer != inlet.origin.peer:
                     inlet.origin = Origin(inlet.origin.endpoint, peer, None, inlet.origin.port_rank)
-            self._hand_on(inlet.origin, frames)
-            if socket.closed:  # by what the message led to
-                return False
-        return True
+            self.received.bytes += sum(map(len, frames))
+            came.append((inlet.origin, frames))
+        return came, True
 
-    def _hand_on(self, origin: Origin, frames: list[bytes]) -> None:
-        self.received.messages += 1
-        self.received.bytes += sum(map(len, frames))
-        try:
-            self._on_message(origin, frames)
-        except Exception:
-            # A bug behind the callback must not deafen the indexer to every other engine.
-            self.received.failures += 1
-            now = perf_counter()
-            if now - self._failure_logged_at >= FAILURE_LOG_INTERVAL_S:
-                self._failure_logged_at = now
-                log.exception("a KV event message from %s was lost to an error of ours", origin)
+    def _lose(self, origin: Origin) -> None:
+        """A bug behind a callback must not deafen the indexer to every other engine: it costs one message."""
+        self.received.failures += 1
+        now = perf_counter()
+        if now - self._failure_logged_at >= FAILURE_LOG_INTERVAL_S:
+            self._failure_logged_at = now
+            log.exception("a KV event message from %s was lost to an error of ours", origin)
 
 
 def with_rank(endpoint: str, rank: int) -> str:

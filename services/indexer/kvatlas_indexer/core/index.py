@@ -15,7 +15,7 @@ import xxhash
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.engines.probe import EngineFacts
 from kvatlas_common.engines.specs import EngineSpec
-from kvatlas_common.events.decode import decode_batch, decode_seq, decode_topic
+from kvatlas_common.events.decode import decode_batch, decode_topic
 from kvatlas_common.events.types import EventBatch, MalformedBatch, RejectedEvent, Rejection
 from kvatlas_common.findings import Finding
 from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health
@@ -31,6 +31,7 @@ from kvatlas_indexer.core.known import Known
 from kvatlas_indexer.core.match import Plan
 from kvatlas_indexer.core.naming import Naming
 from kvatlas_indexer.core.plans import ModelPlan, Plans, matters
+from kvatlas_indexer.core.reading import Reading, read
 from kvatlas_indexer.core.residency import Residency
 from kvatlas_indexer.core.stream import Stream
 
@@ -75,22 +76,23 @@ class KvIndex:
         self, frames: Sequence[bytes], now: float, *, peer: str | None, dialled: EngineId | None, port_rank: int
     ) -> list[Command]:
         """One message off the network, whatever it holds. `peer`: who sent it, if it was listened for."""
+        return self.on_read(read(frames, now), now, peer=peer, dialled=dialled, port_rank=port_rank)
+
+    def on_read(
+        self, reading: Reading, now: float, *, peer: str | None, dialled: EngineId | None, port_rank: int
+    ) -> list[Command]:
+        """The same, with what it says by itself read already."""
+        if (message := reading.message) is None:
+            reason = "frames" if not reading.framed else "payload" if dialled else "message"
+            return self._refuse(reason, dialled, f"from {peer or dialled}: {reading.why}")
+        rank = port_rank if message.batch.rank is None else message.batch.rank
+        if dialled is not None:
+            return self.on_message(dialled if dialled.rank == rank else EngineId(dialled.address, rank), message, now)
         try:
-            topic_frame, seq_frame, payload = frames
-            seq = decode_seq(seq_frame)
-        except ValueError as error:
-            return self._refuse("frames", dialled, f"from {peer or dialled}: not [topic, seq, payload]: {error}")
-        try:
-            batch = decode_batch(payload)
-            address = dialled.address if dialled else self._claimed(topic_frame, peer or "?", now)
+            address = self._claimed(reading.topic, peer or "?", now)
         except MalformedBatch as error:
-            return self._refuse("payload" if dialled else "message", dialled, f"from {peer or dialled}: {error}")
-        if address is None:
-            return []
-        rank = port_rank if batch.rank is None else batch.rank
-        engine = dialled if dialled is not None and dialled.rank == rank else EngineId(address, rank)
-        message = Message(seq, xxhash.xxh3_64_intdigest(payload), len(payload), batch)
-        return self.on_message(engine, message, now, speaks=dialled is None)
+            return self._refuse("message", None, f"from {peer}: {error}")
+        return self.on_message(EngineId(address, rank), message, now, speaks=True) if address is not None else []
 
     def _claimed(self, topic_frame: bytes, peer: str, now: float) -> str | None:
         """The address a listened message may speak for, or None if it may not. Raises `MalformedBatch`."""
