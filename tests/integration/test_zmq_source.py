@@ -282,6 +282,43 @@ async def test_a_bug_behind_the_callback_costs_one_message(context: Context, eng
     assert (source.received.messages, source.received.failures) == (4, 2)
 
 
+async def test_a_rounds_messages_are_read_before_the_first_is_handed_on(
+    context: Context, engines: Engines, inbox: Inbox
+) -> None:
+    """All are sent before the loop runs again. What cannot be read for a bug costs itself. Each turn is told of."""
+    seen = ""
+
+    def note(what: str) -> None:
+        nonlocal seen
+        seen += what
+
+    def read(frames: list[bytes]) -> list[bytes]:
+        note("r")
+        if frames[-1] == b"7":
+            raise RuntimeError("a bug")
+        return frames
+
+    def on_message(origin: Origin, frames: list[bytes]) -> None:
+        note("m")
+        inbox(origin, frames)
+
+    options = ZmqSourceOptions(turn_s=0.0, round_messages_max=4)
+    source = ZmqSource(context, read, on_message, options, on_turn=lambda: note("t"))
+    inbox.sources.append(source)
+    (endpoint,) = source.listen(("tcp://127.0.0.1:0",))
+    engine = engines.connect(endpoint)
+    await subscribed(engine)
+    seen = ""
+    for number in range(100):
+        send(engine, b"t", number, b"%d" % number)
+    await inbox.until(lambda: len(inbox.messages) == 99)
+    assert inbox.payloads() == [b"%d" % number for number in range(100) if number != 7]
+    assert (source.received.messages, source.received.failures) == (100, 1)
+    assert "rrrrmmmmt" in seen
+    assert "rrrrr" not in seen
+    assert "mr" not in seen
+
+
 async def test_a_flood_leaves_the_loop_and_the_quiet_engine_their_share(
     context: Context, engines: Engines, inbox: Inbox
 ) -> None:

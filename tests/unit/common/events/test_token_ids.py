@@ -50,6 +50,24 @@ def test_what_was_taken_out_fits_where_the_stand_ins_are(count: int) -> None:
     assert decode_batch(payload) == one_by_one(payload)
 
 
+def test_one_array_is_found_between_the_first_name_and_the_last_whatever_it_spells() -> None:
+    removed = {"type": "BlockRemoved", "block_hashes": [9], "medium": "GPU"}
+    tokens = [*MANY, *spelt(NAME), *spelt(NEXT), *MANY]
+    payload = message(*[removed] * 20, stored(tokens), removed)
+    _, taken = next(taken_out(payload))
+    assert taken == [pack(tokens)]
+    assert decode_batch(payload) == one_by_one(payload)
+
+
+@pytest.mark.parametrize("few", [0, 1, 3, 100])
+def test_a_long_array_and_a_short_one_are_not_taken_for_one(few: int) -> None:
+    for tokens in ((MANY, MANY[:few]), (MANY[:few], MANY), (MANY[:few], MANY, MANY[:few])):
+        payload = message(*map(stored, tokens))
+        found = decode_batch(payload)
+        assert found == one_by_one(payload)
+        assert [event.token_ids() for event in found.events if isinstance(event, BlockStored)] == [*tokens]
+
+
 ODD = {
     "a prompt spells what follows": stored([*MANY, *spelt(NEXT), *MANY]),
     "a prompt spells what follows, at its end": stored([*MANY, *spelt(NEXT), 16]),
