@@ -13,8 +13,10 @@ announces that too.
 Who dials is told of its connections too: what an engine publishes while there is none is lost, and no message shows it
 before the next one comes.
 
-When a receive queue is full (`queue_messages_max` per engine), TCP pushes back and the *engine* drops; that shows here
-only as a gap in the sequence, which the core counts.
+When a receive queue is full (`queue_messages_max` per engine), TCP pushes back and messages wait at the *engine*, whose
+own queue holds 100,000 (vLLM's default); what it drops beyond shows here only as a gap in the sequence, which the core
+counts. The queue is short: what waits here for long takes memory never used before, and is in no processor's cache by
+the time it is read.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ class ZmqSourceOptions:
     """
 
     topic_prefix: str = ""
-    queue_messages_max: int = 10_000
+    queue_messages_max: int = 64
     message_bytes_max: int = MESSAGE_BYTES_MAX
     turn_s: float = 0.001
     round_messages_max: int = 16
