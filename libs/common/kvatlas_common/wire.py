@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvatlas_common.fleet import Adapter, EngineView, Head, Health, InFlight, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
@@ -29,11 +30,10 @@ def pack_keys(keys: Sequence[int] | np.ndarray[Any, Any]) -> bytes:
     return np.asarray(keys, dtype="<u8").tobytes()
 
 
-def unpack_keys(packed: bytes) -> list[int]:
+def unpack_keys(packed: bytes) -> NDArray[np.uint64]:
     if len(packed) % 8:
         raise ValueError(f"keys: {len(packed)} bytes are not whole 8-byte block keys")
-    keys: list[int] = np.frombuffer(packed, dtype="<u8").tolist()
-    return keys
+    return np.frombuffer(packed, dtype="<u8").astype(np.uint64, copy=False)
 
 
 def match_request(
@@ -213,7 +213,7 @@ def observation(message: pb.Observation) -> Observation:
     match message.WhichOneof("what"):
         case "routed":
             routed = message.routed
-            keys = {p.profile: tuple(unpack_keys(p.keys)) for p in routed.prompts}
+            keys = {p.profile: tuple(unpack_keys(p.keys).tolist()) for p in routed.prompts}
             return Routed(
                 *about,
                 routed.prompt_tokens,

@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
-Keys = Sequence[int] | NDArray[np.uint64]
+from kvatlas_common.matching import PromptKeys
 
 Changed = dict[int, Sequence[int]]
 """What the holders of blocks were -> the blocks."""
@@ -98,10 +97,10 @@ class BlockMap:
         run = self._run(number)
         return run.holders[run.place(key.to_bytes(_KEY, sys.byteorder))]
 
-    def get_all(self, keys: Keys) -> list[int]:
+    def get_all(self, keys: PromptKeys) -> list[int]:
         return [holders for stretch in self.stretches(keys) for holders in stretch]
 
-    def stretches(self, keys: Keys) -> Iterator[Sequence[int]]:
+    def stretches(self, keys: PromptKeys) -> Iterator[Sequence[int]]:
         """The holders of each block, in pieces."""
         packed, at = pack(keys), 0
         parts, runs, end = self._parts, self._runs, len(packed)
@@ -189,9 +188,10 @@ class BlockMap:
         if before.count(before[0]) == len(before):
             found: Changed = {before[0]: keys}
         else:
-            found = {}
+            several: dict[int, list[int]] = {}
             for key, holders in zip(keys, before, strict=True):
-                found.setdefault(holders, []).append(key)
+                several.setdefault(holders, []).append(key)
+            found = {**several}
         after = {holders: self._one(to(holders)) for holders in found}
         run.holders[place:end] = [after[holders] for holders in before]
         for holders, some in found.items():
@@ -324,6 +324,6 @@ def _both(some: Changed, others: Changed) -> Changed:
     return some
 
 
-def pack(keys: Keys) -> bytes:
+def pack(keys: PromptKeys) -> bytes:
     """8 bytes each, as this machine has them."""
     return keys.tobytes() if isinstance(keys, np.ndarray) else array("Q", keys).tobytes()

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from kvatlas_common.matching import Holder
+from kvatlas_common.matching import Holder, PromptKeys
 from kvatlas_common.words import EngineId, Medium
-from kvatlas_indexer.core.block_map import BlockMap, Keys
+from kvatlas_indexer.core.block_map import BlockMap
 from kvatlas_indexer.core.slots import Journal, Place, Slot
 
 _FREED_AT_ONCE = 4096
@@ -158,11 +158,11 @@ class Residency:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def masks(self, keys: Keys) -> list[int]:
+    def masks(self, keys: PromptKeys) -> list[int]:
         """Per key the bits of its holders; 0 where nobody holds it. Bits of retired slots may still be set."""
         return self._blocks.get_all(keys)
 
-    def leading_masks(self, keys: Keys) -> list[int]:
+    def leading_masks(self, keys: PromptKeys) -> list[int]:
         """The same, up to the first block that nobody holds: most prompts are new from some block on."""
         masks: list[int] = []
         for stretch in self._blocks.stretches(keys):
@@ -171,7 +171,7 @@ class Residency:
             masks += stretch
         return masks
 
-    def fall_outs(self, keys: Keys, bits: int) -> list[tuple[int, int]]:
+    def fall_outs(self, keys: PromptKeys, bits: int) -> list[tuple[int, int]]:
         """After how many leading blocks which of these bits fall out: (blocks, bits), in order; all of them, once each.
 
         The same as an AND over `leading_masks`, in one pass: the lookup of a whole fleet is this loop.
