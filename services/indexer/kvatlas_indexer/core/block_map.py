@@ -159,6 +159,8 @@ class BlockMap:
                 behind = number, place + blocks
             else:
                 blocks, behind = self._add(keys, packed, at, self._one(to(0)), behind)
+                if blocks == len(keys):
+                    return {0: keys}
                 found = _both(found, {0: keys[at : at + blocks]})
             at += blocks
         return found
@@ -217,7 +219,8 @@ class BlockMap:
             return 1, taken
         number = self._open_run(behind)
         run, parts, end = self._run(number), self._parts, at
-        for key in keys[at : at + RUN_MAX - len(run.holders)]:
+        room = RUN_MAX - len(run.holders)
+        for key in keys if len(keys) <= room and not at else keys[at : at + room]:
             part = parts[key & _PART]
             if key in part:
                 break
