@@ -29,7 +29,6 @@ class Engine(NamedTuple):
     """One, and what a request would be to it."""
 
     quote: Quote
-    share: float
     to_compute: int
     voided: float
     moved: list[tuple[Medium, int]]
@@ -37,8 +36,14 @@ class Engine(NamedTuple):
 
 engines = st.builds(
     Engine,
-    st.builds(Quote, st.just(Speed(token_s=0.0002)), aheads, st.floats(0, 2000), busy=st.floats(0, 1)),
-    st.sampled_from([0.1, 0.5, 1.0]),
+    st.builds(
+        Quote,
+        st.just(Speed(token_s=0.0002)),
+        aheads,
+        st.floats(0, 2000),
+        busy=st.floats(0, 1),
+        share=st.sampled_from([0.1, 0.5, 1.0]),
+    ),
     st.integers(0, 100_000),
     st.one_of(st.just(0.0), st.floats(0, 10_000)),
     transfers,
@@ -52,12 +57,12 @@ def total_ms(quote: Quote, to_compute: int) -> float:
 @given(st.lists(engines, max_size=9))
 def test_the_costs_of_all_engines_at_once_are_the_sums_of_the_costs_of_each(fleet: list[Engine]) -> None:
     costs = [each.quote.cost(each.to_compute, each.moved, each.voided) for each in fleet]
-    totals = Figures(each.quote.figures(each.share) for each in fleet).totals_ms(
+    totals = Figures.of(each.quote.figures for each in fleet).totals_ms(
         to_compute=np.array([each.to_compute for each in fleet], float),
         voided=np.array([each.voided for each in fleet], float),
         moved_s=np.array([each.quote.moved_s(each.moved) for each in fleet], float),
     )
-    expected = [cost.total_ms / each.share for cost, each in zip(costs, fleet, strict=True)]
+    expected = [cost.total_ms / each.quote.share for cost, each in zip(costs, fleet, strict=True)]
     assert totals.tolist() == pytest.approx(expected, rel=1e-9)
     for cost in costs:
         assert cost.total_ms == pytest.approx(cost.ttft_ms + cost.others_ms)
@@ -66,10 +71,10 @@ def test_the_costs_of_all_engines_at_once_are_the_sums_of_the_costs_of_each(flee
 
 @given(st.lists(aheads, min_size=1, max_size=9))
 def test_figures_know_what_is_in_flight_and_who_computes(fleet: list[Ahead]) -> None:
-    figures = Figures(Quote(PRIOR, ahead).figures(1.0) for ahead in fleet)
+    figures = Figures.of(Quote(PRIOR, ahead).figures for ahead in fleet)
     assert figures.in_flight.tolist() == [ahead.in_flight for ahead in fleet]
     assert figures.busy == pytest.approx(sum(ahead.pending > 0 for ahead in fleet) / len(fleet))
-    assert figures.of([len(fleet) - 1]).in_flight.tolist() == [fleet[-1].in_flight]
+    assert figures.among([len(fleet) - 1]).in_flight.tolist() == [fleet[-1].in_flight]
 
 
 @given(aheads, st.integers(0, 50_000), st.integers(1, 50_000))

@@ -44,7 +44,7 @@ def bare(number: int, health: Health = Health.READY, known: bool = False, **also
     return with_(Candidate(EngineState.of(view(number, health)), known=known, block_size=64), **also)
 
 
-def with_(candidate: Candidate, **also: object) -> Candidate:
+def with_(candidate: Candidate, **also: Any) -> Candidate:
     """Fields of the candidate, of its state, or of what is ahead there."""
 
     def of(named: type[NamedTuple]) -> Any:
@@ -52,8 +52,9 @@ def with_(candidate: Candidate, **also: object) -> Candidate:
 
     before = candidate.state
     ahead = before.ahead._replace(**of(Ahead))
-    own = {"last_used": before.last_used, "share": before.share} | {n: also[n] for n in ("trust",) if n in also}
-    state = EngineState.of(before.view, ahead, Quote(PRIOR, ahead, ANSWER_TOKENS), **own | of(EngineState))
+    quote = Quote(PRIOR, ahead, ANSWER_TOKENS, share=also.get("share", before.share))
+    own = {"last_used": before.last_used} | {n: also[n] for n in ("last_used", "trust") if n in also}
+    state = EngineState.of(before.view, ahead, quote, **own)
     return candidate._replace(state=state, **of(Candidate))
 
 
@@ -80,7 +81,7 @@ def numbers(choice: Choice) -> list[str]:
 candidates = st.lists(
     st.builds(
         lambda number, health, blocks, known, queued, used, trust, share: Candidate(
-            EngineState.of(view(number, health), Ahead(queued), last_used=used, trust=trust, share=share),
+            EngineState.of(view(number, health), Ahead(queued), Quote(PRIOR, Ahead(queued), share=share), used, trust),
             EngineMatch(view(number).id, blocks, {Medium.GPU: blocks}, True) if blocks and known else None,
             known,
             64,

@@ -20,9 +20,6 @@ from kvatlas_router.core.cost import NOTHING, Ahead, Figures, Floats, Quote
 from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.rates import PRIOR
 
-GPU_ALONE = (Medium.GPU,)
-"""Where nearly all of what is held is."""
-
 
 class Standing(IntEnum):
     """Engines of a better standing always go first; one that is down does not go at all."""
@@ -35,17 +32,14 @@ class Standing(IntEnum):
 
 
 class EngineState(NamedTuple):
-    """One engine as it stands, whatever the request. `share`: what it takes of its part of the load; an engine that
-    starts slowly takes less than 1. A tuple, as all of which a choice has one for every engine.
-    """
+    """One engine as it stands, whatever the request. A tuple, as all of which a choice has one for every engine."""
 
     view: EngineView
     standing: Standing
     ahead: Ahead
     last_used: float
     quote: Quote
-    share: float
-    figures: bytes  # of the quote, see `Figures`
+    figures: bytes  # of the quote
 
     @classmethod
     def of(
@@ -53,14 +47,16 @@ class EngineState(NamedTuple):
         view: EngineView,
         ahead: Ahead = NOTHING,
         quote: Quote | None = None,
-        *,
         last_used: float = float("-inf"),
-        share: float = 1.0,
         trust: Trust = Trust.FULL,
     ) -> EngineState:
         quote = quote or Quote(PRIOR, ahead)
-        standing, figures = _standing(view, trust), quote.figures(share)
-        return cls(view, standing, ahead, last_used, quote, share, figures)
+        return cls(view, _standing(view, trust), ahead, last_used, quote, quote.figures)
+
+    @property
+    def share(self) -> float:
+        """What it takes of its part of the load; an engine that starts slowly takes less than 1."""
+        return self.quote.share
 
 
 def _standing(view: EngineView, trust: Trust) -> Standing:
@@ -109,7 +105,7 @@ class Candidate(NamedTuple):
     def transferred(self) -> tuple[tuple[Medium, int], ...]:
         """Cached tokens on slower media."""
         match, size = self.match, self.block_size
-        if match is None or (*match.media,) == GPU_ALONE:
+        if match is None:
             return ()
         return tuple((m, n * size) for m, n in match.media.items() if m is not Medium.GPU)
 
@@ -145,7 +141,7 @@ class Candidates(Sequence[Candidate]):
         """Of some that are made already."""
         return cls(
             [candidate.state for candidate in candidates],
-            Figures(candidate.state.figures for candidate in candidates),
+            Figures.of(candidate.state.figures for candidate in candidates),
             candidates.__getitem__,
             cached_tokens=np.array([candidate.cached_tokens for candidate in candidates], float),
             moved_s=np.array([candidate.moved_s for candidate in candidates], float),
@@ -173,7 +169,7 @@ class Candidates(Sequence[Candidate]):
         kept = [number for number, standing in enumerate(self.standings) if standing is not Standing.DOWN]
         return Candidates(
             [self.states[number] for number in kept],
-            self._figures.of(kept),
+            self._figures.among(kept),
             lambda place: self._make(kept[place]),
             cached_tokens=self._cached_tokens[kept],
             moved_s=self._moved_s[kept],

@@ -10,24 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-import numpy as np
-
 from kvatlas_common.fleet import EngineView, Load
-from kvatlas_common.history import ESTIMATE_PROFILE, RoutingHistory
-from kvatlas_common.matching import EngineMatch, MatchAnswer
+from kvatlas_common.history import RoutingHistory
+from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.words import EngineId
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Books, Occupancy, Ticket
-from kvatlas_router.core.candidates import GPU_ALONE, Candidate, Candidates, EngineState
+from kvatlas_router.core.candidates import Candidates, EngineState
 from kvatlas_router.core.choice import Choice, Term
 from kvatlas_router.core.cost import WEIGHTS, Ahead, Bound, Figures, Quote, Weights
 from kvatlas_router.core.foreign import ForeignTraffic
-from kvatlas_router.core.lineup import Line, Lineup
+from kvatlas_router.core.lineup import Lineup
 from kvatlas_router.core.outliers import Outliers
 from kvatlas_router.core.policies import Needs, Policy, Situation
 from kvatlas_router.core.prompt import ESTIMATE
 from kvatlas_router.core.rates import Rates, Served
 from kvatlas_router.core.slow_start import SlowStart
+from kvatlas_router.core.told import Told
 
 BURST_S = 10.0
 """How long a prompt counts as held after it was sent, or its first token came, if no event says so."""
@@ -35,7 +34,6 @@ BURST_BLOCKS_MAX = 16_384  # per engine
 PROGRESS_MAX = 0.95
 """Of a prompt that is late: what it has still to go is not nothing."""
 BUSY_LEARNING = 0.03
-_BLOCK_OF_GUESSES = ESTIMATE_PROFILE.block_size
 
 
 class Chooser:
@@ -74,52 +72,22 @@ class Chooser:
     ) -> Choice | None:
         """None: the policy has no answer. `answer`: None where the policy needs none. Raises `NoEngine`."""
         line = self._lineup.of(views, loads, now)
-        figures = Figures([state.figures for state in line.states])
+        figures = Figures.of([state.figures for state in line.states])
         self._busy += (figures.busy - self._busy) * BUSY_LEARNING
-        candidates = self._candidates(line, figures, ask, answer, now, guessed=policy.needs is Needs.HISTORY)
+        told = Told(ask, answer, self._sent_lately(ask, now) if answer else {}, guessed=policy.needs is Needs.HISTORY)
+        crowding = Bound.of(figures.in_flight).crowding(figures.in_flight)
+        cached_tokens, moved_s = told.held(line)
+        candidates = Candidates(
+            line.states,
+            figures,
+            lambda number: told.candidate(line.states[number], float(crowding[number])),
+            cached_tokens=cached_tokens,
+            moved_s=moved_s,
+            crowding=crowding,
+        )
         return policy.choose(Situation(ask, candidates, cause, self._chance))
 
-    def _candidates(
-        self, line: Line, figures: Figures, ask: Ask, answer: MatchAnswer | None, now: float, *, guessed: bool
-    ) -> Candidates:
-        """`guessed`: that nothing is said of an engine is not to say that it holds nothing."""
-        lately = self._expected(ask, now) if answer is not None else {}
-        unknown = frozenset(answer.unknown) if answer else frozenset()
-        states, places, count = line.states, line.places, len(line.states)
-        crowding = Bound.of(figures.in_flight).crowding(figures.in_flight)
-        matches: dict[EngineId, EngineMatch] = {}
-        cached_tokens, moved_s = np.zeros(count), np.zeros(count)
-
-        def block_size(view: EngineView) -> int:
-            return (view.block_size if view.profile in ask.keys else None) or _BLOCK_OF_GUESSES
-
-        def candidate(number: int) -> Candidate:
-            state = states[number]
-            view, engine = state.view, state.view.id
-            match, size, expected = matches.get(engine), block_size(view), lately.get(engine, 0)
-            if match is not None and match.expected > expected:
-                expected = match.expected
-            if guessed or answer is None:
-                known = match is not None
-            else:  # it was asked about with its own profile
-                known = engine not in unknown if view.profile in ask.keys else view.known_empty
-            return Candidate(state, match, known, size, expected, float(crowding[number]))
-
-        for match in answer.matches if answer is not None else ():
-            engine, blocks = match.engine, match.blocks if match.blocks > match.expected else match.expected
-            number = places.get(engine)
-            if number is None:
-                continue
-            matches[engine] = match
-            cached_tokens[number] = blocks * block_size(states[number].view)
-            if (*match.media,) != GPU_ALONE:
-                moved_s[number] = candidate(number).moved_s
-        for engine in lately:
-            if (number := places.get(engine)) is not None:
-                cached_tokens[number] = candidate(number).cached_tokens
-        return Candidates(states, figures, candidate, cached_tokens=cached_tokens, moved_s=moved_s, crowding=crowding)
-
-    def _expected(self, ask: Ask, now: float) -> Mapping[EngineId, int]:
+    def _sent_lately(self, ask: Ask, now: float) -> Mapping[EngineId, int]:
         found: dict[EngineId, int] = {}
         for keys in ask.keys.values():
             found.update(self._lately.leading(keys, now))
@@ -185,14 +153,9 @@ class Chooser:
             load.kv_usage,
             view.kv_tokens or 0,
         )
-        return EngineState.of(
-            view,
-            ahead,
-            Quote(speed, ahead, self.rates.answer_tokens, self._weights, self._busy),
-            last_used=ours.last_used,
-            share=self._slow_start.share(view.id, now),
-            trust=self.outliers.trust(view.id, now),
-        )
+        share = self._slow_start.share(view.id, now)
+        quote = Quote(speed, ahead, self.rates.answer_tokens, self._weights, self._busy, share=share)
+        return EngineState.of(view, ahead, quote, ours.last_used, self.outliers.trust(view.id, now))
 
 
 def _still_to_compute(ours: Occupancy, load: Load, token_s: float, now: float) -> int:

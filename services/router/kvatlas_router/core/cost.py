@@ -101,15 +101,19 @@ class Ahead(NamedTuple):
 NOTHING = Ahead()
 
 
+_FIGURES = Struct("10d")
+
+
 class Quote:
     """What any request would cost on an engine as it stands: all that does not depend on the request, worked out once.
 
     But for the room in the KV cache, a cost is a straight line over the tokens to compute. `answer_tokens`: how long
-    answers are, on average. `busy`: the share of the fleet's engines that are computing prompts, 0..1.
+    answers are, on average. `busy`: the share of the fleet's engines that are computing prompts, 0..1. `share`: what
+    the engine takes of its part of the load. `figures`: all this as numbers, see `Figures`.
     """
 
-    __slots__ = ("_answer_s", "_computing", "_crowd_s", "_full", "_in_flight", "_kv_tokens", "_own_others", "_queue_s",
-                 "_speed", "_squeeze_s", "_step_s", "_voided_s")  # fmt: skip
+    __slots__ = ("_answer_s", "_crowd_s", "_full", "_kv_tokens", "_own_others", "_queue_s", "_speed", "_squeeze_s",
+                 "_step_s", "_voided_s", "figures", "share")  # fmt: skip
 
     def __init__(
         self,
@@ -118,36 +122,34 @@ class Quote:
         answer_tokens: float = 0.0,
         weights: Weights = WEIGHTS,
         busy: float = 0.0,
+        *,
+        share: float = 1.0,
     ) -> None:
-        decoding, in_flight = ahead.decoding, ahead.pending + ahead.decoding
-        self._in_flight, self._computing = in_flight, ahead.pending > 0
+        queued, pending, decoding, late_s, kv_usage, kv_tokens = ahead
+        in_flight, busy, token_s = pending + decoding, min(busy, BUSY_MAX), speed.token_s
+        self.share = share
         self._speed = speed
-        self._step_s = speed.step_s + decoding * speed.decode_s
-        self._queue_s = ahead.late_s + speed.prefill_s(ahead.queued_tokens, decoding)
-        self._answer_s = answer_tokens * self._step_s
-        busy = min(busy, BUSY_MAX)
-        self._own_others = weights.decoder * decoding + weights.space + weights.congestion * busy / (1 - busy)
-        self._voided_s = speed.token_s * (1 + self._own_others)
-        self._crowd_s = weights.crowd * answer_tokens * speed.decode_s * 2 * in_flight
-        self._squeeze_s = weights.squeeze_s
-        self._kv_tokens = ahead.kv_tokens
-        wanted = ahead.queued_tokens + (ahead.pending + 1) * answer_tokens / 2
-        self._full = ahead.kv_usage + wanted / ahead.kv_tokens if ahead.kv_tokens else 0.0
-
-    def figures(self, share: float) -> bytes:
-        """As numbers, see `Figures`, for an engine that takes that share of its part of the load."""
-        speed, step_s = self._speed, self._step_s
-        return _FIGURES.pack(
-            self._queue_s + speed.overhead_s + step_s / 2 + self._crowd_s,
-            self._voided_s + step_s / CHUNK_TOKENS,
-            self._full,
-            1 / self._kv_tokens if self._kv_tokens else 0.0,
-            self._answer_s,
-            self._squeeze_s,
-            self._voided_s,
+        self._step_s = step_s = speed.step_s + decoding * speed.decode_s
+        self._queue_s = queue_s = late_s + speed.prefill_s(queued, decoding)
+        self._answer_s = answer_s = answer_tokens * step_s
+        self._own_others = others = weights.decoder * decoding + weights.space + weights.congestion * busy / (1 - busy)
+        self._voided_s = voided_s = token_s * (1 + others)
+        self._crowd_s = crowd_s = weights.crowd * answer_tokens * speed.decode_s * 2 * in_flight
+        self._squeeze_s = squeeze_s = weights.squeeze_s
+        self._kv_tokens = kv_tokens
+        wanted = queued + (pending + 1) * answer_tokens / 2
+        self._full = full = kv_usage + wanted / kv_tokens if kv_tokens else 0.0
+        self.figures = _FIGURES.pack(
+            queue_s + speed.overhead_s + step_s / 2 + crowd_s,
+            voided_s + step_s / CHUNK_TOKENS,
+            full,
+            1 / kv_tokens if kv_tokens else 0.0,
+            answer_s,
+            squeeze_s,
+            voided_s,
             1000 / share,
-            self._in_flight,
-            self._computing,
+            in_flight,
+            pending > 0,
         )
 
     def cost(self, to_compute: int, transferred: Transferred = (), voided: float = 0.0) -> Cost:
@@ -177,14 +179,16 @@ class Quote:
         return sum(self._speed.transfer_s(medium) * tokens for medium, tokens in transferred)
 
 
-_FIGURES = Struct("10d")
-
-
 class Figures:
-    """Of many engines at once: every array has an element for each. `packed`: `Quote.figures` of each."""
+    """Of the quotes of many engines at once, a row for each: every array has an element for each."""
 
-    def __init__(self, packed: Iterable[bytes]) -> None:
-        self._rows = np.frombuffer(b"".join(packed)).reshape(-1, 10)
+    def __init__(self, rows: Floats) -> None:
+        self._rows = rows
+
+    @classmethod
+    def of(cls, packed: Iterable[bytes]) -> Figures:
+        """`packed`: `Quote.figures` of each."""
+        return cls(np.frombuffer(b"".join(packed)).reshape(-1, _FIGURES.size // 8))
 
     @property
     def in_flight(self) -> Floats:
@@ -196,11 +200,9 @@ class Figures:
         """The share of the engines that are computing prompts."""
         return float(self._rows[:, 9].sum()) / max(len(self._rows), 1)
 
-    def of(self, numbers: Sequence[int]) -> Figures:
+    def among(self, places: Sequence[int]) -> Figures:
         """Of these alone."""
-        some = Figures(())
-        some._rows = self._rows[numbers]
-        return some
+        return Figures(self._rows[places])
 
     def totals_ms(self, to_compute: Floats, voided: Floats, moved_s: Floats) -> Floats:
         """`Quote.cost(...).total_ms` over the share."""

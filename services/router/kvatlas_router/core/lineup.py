@@ -53,7 +53,7 @@ class Lineup:
         """As they stand `now`, in this order."""
         views = tuple(views)
         if views != self._views:
-            self._line_up(views, now)
+            self._line_up(views, loads, now)
         told = list(map(loads.get, self._places, repeat(NO_LOAD)))
         if told != self._loads:
             self._told(told)
@@ -72,11 +72,12 @@ class Lineup:
         self._kept.clear()
         self._views = ()
 
-    def _line_up(self, views: tuple[EngineView, ...], now: float) -> None:
+    def _line_up(self, views: tuple[EngineView, ...], loads: Mapping[EngineId, Load], now: float) -> None:
         for view in views:
             kept = self._kept.get(view.id)
             if kept is None or kept.state.view != view:
-                self._kept[view.id] = _Kept(self._make(view, NO_LOAD, now), NO_LOAD, _OVER)
+                load = loads.get(view.id, NO_LOAD)
+                self._kept[view.id] = _Kept(self._make(view, load, now), load, now + STATE_S)
         self._views = views
         self._line = [self._kept[view.id] for view in views]
         self._loads = [kept.load for kept in self._line]
