@@ -10,8 +10,7 @@ from kvatlas_common.fleet import EngineView
 from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_router.core.ask import Ask
-from kvatlas_router.core.candidates import Candidates, EngineState
-from kvatlas_router.core.lineup import Line
+from kvatlas_router.core.candidates import Candidates, EngineState, Line
 from kvatlas_router.core.told import Told
 
 OWN, FOREIGN = "sha256_cbor/b16/tagged/seed=42", "sha256/b16/tagged/seed=1"
@@ -47,7 +46,7 @@ def test_what_all_hold_is_what_each_holds(
     told = Told(Ask("m", tokens, {OWN: np.array([1], np.uint64)}), MatchAnswer(tuple(found)), lately, guessed=guessed)
     states = [EngineState.of(view) for view in fleet]
     each = Candidates.of([told.candidate(state, 0.0) for state in states])
-    cached_tokens, moved_s = told.held(Line(states, {view.id: place for place, view in enumerate(fleet)}))
+    cached_tokens, moved_s = told.held(Line.of(states))
     assert cached_tokens.tolist() == [candidate.cached_tokens for candidate in each]
     assert moved_s.tolist() == [candidate.moved_s for candidate in each]
 

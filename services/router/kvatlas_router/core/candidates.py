@@ -7,7 +7,7 @@ over no bound, so that what the request costs there follows from their states, f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import NamedTuple, overload
 
@@ -15,8 +15,8 @@ import numpy as np
 
 from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.matching import EngineMatch
-from kvatlas_common.words import Medium
-from kvatlas_router.core.cost import NOTHING, Ahead, Figures, Floats, Quote
+from kvatlas_common.words import EngineId, Medium
+from kvatlas_router.core.cost import NOTHING, Ahead, Bound, Figures, Floats, Quote
 from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.rates import PRIOR
 
@@ -115,37 +115,48 @@ class Candidate(NamedTuple):
         return self.state.quote.moved_s(self.transferred())
 
 
-class Candidates(Sequence[Candidate]):
-    """One for each state; `make` makes the one of a number. The arrays have an element for each: see `Candidate`."""
+class Line(NamedTuple):
+    """The states of engines, and what follows from all of them: an element of each for every engine. `places`: where
+    among them each is; `busy`: which share of them is computing prompts; `crowding`: see `Candidate`.
+    """
 
-    def __init__(
-        self,
-        states: Sequence[EngineState],
-        figures: Figures,
-        make: Callable[[int], Candidate],
-        *,
-        cached_tokens: Floats,
-        moved_s: Floats,
-        crowding: Floats,
-    ) -> None:
-        self.states = states
-        self.standings = [state.standing for state in states]
-        self._figures = figures
+    states: Sequence[EngineState]
+    places: Mapping[EngineId, int]
+    standings: Sequence[Standing]
+    figures: Figures
+    busy: float
+    crowding: Floats
+
+    @classmethod
+    def of(cls, states: Sequence[EngineState], places: Mapping[EngineId, int] | None = None) -> Line:
+        """`places`, where it is known already."""
+        if places is None:
+            places = {state.view.id: place for place, state in enumerate(states)}
+        figures = Figures.of([state.figures for state in states])
+        crowding = Bound.of(figures.in_flight).crowding(figures.in_flight)
+        return cls(states, places, [state.standing for state in states], figures, figures.busy, crowding)
+
+
+class Candidates(Sequence[Candidate]):
+    """One for each state; `make` makes the one of a place. The arrays have an element for each: see `Candidate`."""
+
+    def __init__(self, line: Line, make: Callable[[int], Candidate], *, cached_tokens: Floats, moved_s: Floats) -> None:
+        self.states = line.states
+        self.standings = line.standings
+        self._line = line
         self._make = make
         self._cached_tokens = cached_tokens
         self._moved_s = moved_s
-        self._crowding = crowding
 
     @classmethod
     def of(cls, candidates: Sequence[Candidate]) -> Candidates:
         """Of some that are made already."""
+        line = Line.of([candidate.state for candidate in candidates])
         return cls(
-            [candidate.state for candidate in candidates],
-            Figures.of(candidate.state.figures for candidate in candidates),
+            line._replace(crowding=np.array([candidate.crowding for candidate in candidates], float)),
             candidates.__getitem__,
             cached_tokens=np.array([candidate.cached_tokens for candidate in candidates], float),
             moved_s=np.array([candidate.moved_s for candidate in candidates], float),
-            crowding=np.array([candidate.crowding for candidate in candidates], float),
         )
 
     @overload
@@ -166,20 +177,19 @@ class Candidates(Sequence[Candidate]):
         """Without the engines that are down."""
         if Standing.DOWN not in self.standings:
             return self
-        kept = [number for number, standing in enumerate(self.standings) if standing is not Standing.DOWN]
+        kept = [place for place, standing in enumerate(self.standings) if standing is not Standing.DOWN]
+        line = Line.of([self.states[place] for place in kept])
         return Candidates(
-            [self.states[number] for number in kept],
-            self._figures.among(kept),
+            line._replace(crowding=self._line.crowding[kept]),
             lambda place: self._make(kept[place]),
             cached_tokens=self._cached_tokens[kept],
             moved_s=self._moved_s[kept],
-            crowding=self._crowding[kept],
         )
 
     def costs_ms(self, prompt_tokens: int) -> Floats:
         """What the request comes to on each, in all; a lesser share makes it dearer."""
-        return self._figures.totals_ms(
+        return self._line.figures.totals_ms(
             to_compute=np.maximum(prompt_tokens - self._cached_tokens, 0.0),
-            voided=self._crowding * prompt_tokens,
+            voided=self._line.crowding * prompt_tokens,
             moved_s=self._moved_s,
         )

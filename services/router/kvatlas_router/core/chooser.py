@@ -16,9 +16,9 @@ from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.words import EngineId
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Books, Occupancy, Ticket
-from kvatlas_router.core.candidates import Candidates, EngineState
+from kvatlas_router.core.candidates import EngineState
 from kvatlas_router.core.choice import Choice, Term
-from kvatlas_router.core.cost import WEIGHTS, Ahead, Bound, Figures, Quote, Weights
+from kvatlas_router.core.cost import WEIGHTS, Ahead, Quote, Weights
 from kvatlas_router.core.foreign import ForeignTraffic
 from kvatlas_router.core.lineup import Lineup
 from kvatlas_router.core.outliers import Outliers
@@ -72,20 +72,14 @@ class Chooser:
     ) -> Choice | None:
         """None: the policy has no answer. `answer`: None where the policy needs none. Raises `NoEngine`."""
         line = self._lineup.of(views, loads, now)
-        figures = Figures.of([state.figures for state in line.states])
-        self._busy += (figures.busy - self._busy) * BUSY_LEARNING
-        told = Told(ask, answer, self._sent_lately(ask, now) if answer else {}, guessed=policy.needs is Needs.HISTORY)
-        crowding = Bound.of(figures.in_flight).crowding(figures.in_flight)
-        cached_tokens, moved_s = told.held(line)
-        candidates = Candidates(
-            line.states,
-            figures,
-            lambda number: told.candidate(line.states[number], float(crowding[number])),
-            cached_tokens=cached_tokens,
-            moved_s=moved_s,
-            crowding=crowding,
-        )
-        return policy.choose(Situation(ask, candidates, cause, self._chance))
+        self._busy += (line.busy - self._busy) * BUSY_LEARNING
+        lately = self._sent_lately(ask, now) if answer is not None else {}
+        told = Told(ask, answer, lately, guessed=policy.needs is Needs.HISTORY)
+        return policy.choose(Situation(ask, told.candidates(line), cause, self._chance))
+
+    def prepare(self, views: Sequence[EngineView], loads: Mapping[EngineId, Load], now: float) -> None:
+        """For a choice soon to come: half of its work, and most where the last was long ago, is the engines' states."""
+        self._lineup.of(views, loads, now)
 
     def _sent_lately(self, ask: Ask, now: float) -> Mapping[EngineId, int]:
         found: dict[EngineId, int] = {}

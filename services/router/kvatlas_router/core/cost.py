@@ -200,10 +200,6 @@ class Figures:
         """The share of the engines that are computing prompts."""
         return float(self._rows[:, 9].sum()) / max(len(self._rows), 1)
 
-    def among(self, places: Sequence[int]) -> Figures:
-        """Of these alone."""
-        return Figures(self._rows[places])
-
     def totals_ms(self, to_compute: Floats, voided: Floats, moved_s: Floats) -> Floats:
         """`Quote.cost(...).total_ms` over the share."""
         flat_s, slope_s, full, per_kv_token, answer_s, squeeze_s, voided_s, ms, _, _ = self._rows.T

@@ -10,23 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple
 
 from kvatlas_common.fleet import EngineView, Load
 from kvatlas_common.words import EngineId
-from kvatlas_router.core.candidates import EngineState
+from kvatlas_router.core.candidates import EngineState, Line
 
 STATE_S = 0.05
 """How long an engine's state is used, if nothing happens there but that it computes on."""
 NO_LOAD = Load()
 _OVER = float("-inf")
-
-
-class Line(NamedTuple):
-    """A state for each engine, and where among them each is."""
-
-    states: list[EngineState]
-    places: Mapping[EngineId, int]
 
 
 @dataclass(slots=True)
@@ -47,20 +39,22 @@ class Lineup:
         self._views: tuple[EngineView, ...] = ()
         self._loads: list[Load] = []
         self._line: list[_Kept] = []
-        self._places: Mapping[EngineId, int] = {}
+        self._given = Line.of(())
 
     def of(self, views: Sequence[EngineView], loads: Mapping[EngineId, Load], now: float) -> Line:
         """As they stand `now`, in this order."""
         views = tuple(views)
         if views != self._views:
             self._line_up(views, loads, now)
-        told = list(map(loads.get, self._places, repeat(NO_LOAD)))
+        told = list(map(loads.get, self._given.places, repeat(NO_LOAD)))
         if told != self._loads:
             self._told(told)
-        for kept in self._line:
-            if kept.until <= now:
-                kept.state, kept.until = self._make(kept.state.view, kept.load, now), now + STATE_S
-        return Line([kept.state for kept in self._line], self._places)
+        over = [kept for kept in self._line if kept.until <= now]
+        for kept in over:
+            kept.state, kept.until = self._make(kept.state.view, kept.load, now), now + STATE_S
+        if over:
+            self._given = Line.of([kept.state for kept in self._line], self._given.places)
+        return self._given
 
     def changed(self, engine: EngineId) -> None:
         """Something has happened there."""
@@ -81,7 +75,7 @@ class Lineup:
         self._views = views
         self._line = [self._kept[view.id] for view in views]
         self._loads = [kept.load for kept in self._line]
-        self._places = {view.id: place for place, view in enumerate(views)}
+        self._given = Line.of([kept.state for kept in self._line])
 
     def _told(self, loads: list[Load]) -> None:
         for kept, load in zip(self._line, loads, strict=True):

@@ -11,9 +11,8 @@ from kvatlas_common.history import ESTIMATE_PROFILE
 from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_router.core.ask import Ask
-from kvatlas_router.core.candidates import Candidate, EngineState
+from kvatlas_router.core.candidates import Candidate, Candidates, EngineState, Line
 from kvatlas_router.core.cost import Floats
-from kvatlas_router.core.lineup import Line
 
 _BLOCK_OF_GUESSES = ESTIMATE_PROFILE.block_size
 _GPU_ALONE = (Medium.GPU,)  # where nearly all of what is held is
@@ -32,6 +31,15 @@ class Told:
         self._unknown = frozenset(answer.unknown) if answer is not None else frozenset()
         self._lately = lately
         self._asked = answer is not None and not guessed
+
+    def candidates(self, line: Line) -> Candidates:
+        """Those of these engines."""
+        cached_tokens, moved_s = self.held(line)
+
+        def make(place: int) -> Candidate:
+            return self.candidate(line.states[place], float(line.crowding[place]))
+
+        return Candidates(line, make, cached_tokens=cached_tokens, moved_s=moved_s)
 
     def candidate(self, state: EngineState, crowding: float) -> Candidate:
         view = state.view
