@@ -47,7 +47,7 @@ class MatchStream:
         return self._asked is not None
 
     async def match(self, request: pb.MatchRequest, timeout_s: float) -> bytes:
-        """The `MatchResponse`, packed. While it is up. Raises `Refused`, also when the stream is lost or time is over."""
+        """The `MatchResponse`, packed. While it is up. Raises `Refused`, also if the stream is lost or time is over."""
         assert self._asked is not None
         self._number = number = self._number + 1
         answered: asyncio.Future[pb.StreamedMatchAnswer] = asyncio.get_running_loop().create_future()
