@@ -56,22 +56,23 @@ class _Run:
 
     def alike(self, place: int, packed: bytes, at: int) -> int:
         """How many keys from `place` on are those of `packed` from `at` on, and not dead. The first one is."""
-        own, start = self.packed, place * _KEY
-        size = min(len(own) - start, len(packed) - at)
-        if own[start : start + size] != packed[at : at + size]:
-            same, size = _KEY, size - _KEY  # so much is the same; beyond it and `size` more it is not
-            while size > same:
-                middle = (same + size) // 2 // _KEY * _KEY
-                middle = middle if middle > same else same + _KEY
-                if own[start + same : start + middle] == packed[at + same : at + middle]:
-                    same = middle
+        blocks = min(len(self.holders) - place, (len(packed) - at) // _KEY)
+        if not self._is_alike(place, packed, at, blocks):
+            alike, unlike = 1, blocks
+            while unlike - alike > 1:
+                middle = (alike + unlike) // 2
+                if self._is_alike(place, packed, at, middle):
+                    alike = middle
                 else:
-                    size = middle - _KEY
-            size = same
-        blocks = size // _KEY
+                    unlike = middle
+            blocks = alike
         if self.live < len(self.holders) and 0 in (some := self.holders[place : place + blocks]):
             return some.index(0)
         return blocks
+
+    def _is_alike(self, place: int, packed: bytes, at: int, blocks: int) -> bool:
+        start, size = place * _KEY, blocks * _KEY
+        return self.packed[start : start + size] == packed[at : at + size]
 
 
 class BlockMap:
