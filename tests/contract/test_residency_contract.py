@@ -388,9 +388,9 @@ class ResidencyMachine(RuleBasedStateMachine):
                 for counter in [counter for counter in place.generations() if new in counter][:-1]:
                     del counter[new]
 
-    @rule(parts=st.integers(1, 300))
-    def sweep(self, parts: int) -> None:
-        self.store_.sweep(parts)
+    @rule()
+    def sweep(self) -> None:
+        self.store_.sweep()
 
     @invariant()
     def they_agree(self) -> None:

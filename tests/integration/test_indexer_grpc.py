@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import socket
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 
 import grpc
 import pytest
@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from kvatlas_common import wire
 from kvatlas_common.fleet import EngineView, Fleet, Health, InFlight, Load, Sync
-from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
+from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer, Prompts
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as pb_grpc
@@ -46,7 +46,7 @@ class KnownAnswers:
     async def match(
         self,
         model: str,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         engines: Collection[EngineId] = (),
         *,
         estimate: bool = False,

@@ -6,7 +6,7 @@ import asyncio
 import io
 import signal
 import socket
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from typing import Any
 
 import aiohttp
@@ -18,7 +18,7 @@ from kvatlas_common.blocks.keys import prompt_keys
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health, InFlight, Load, Sync
 from kvatlas_common.history import ESTIMATE_PROFILE
-from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
+from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer, Prompts
 from kvatlas_common.words import KEY_MASK, EngineId, Medium
 from kvatlas_indexer.adapters.addresses import AddressUnavailable
 from kvatlas_indexer.adapters.http_server import HttpServer
@@ -62,7 +62,7 @@ class KnownAnswers:
     async def match(
         self,
         model: str,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         engines: Collection[EngineId] = (),
         *,
         estimate: bool = False,

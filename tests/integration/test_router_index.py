@@ -72,7 +72,7 @@ async def test_what_became_of_a_request_is_reported() -> None:
         routed, finished = indexer.observed
         assert isinstance(routed, Routed)
         assert (str(routed.engine), routed.prompt_tokens, routed.predicted_cached_tokens) == (one, 100, 80)
-        assert list(routed.keys[PROFILE]) == unpack_keys(indexer.asked[0].prompts[0].keys)
+        assert list(routed.keys[PROFILE]) == unpack_keys(indexer.asked[0].prompts[0].keys).tolist()
         assert routed.silent_s > 0
         assert isinstance(finished, Finished)
         assert (finished.cached_tokens, finished.comparable, finished.outcome) == (48, True, Outcome.OK)

@@ -300,7 +300,7 @@ class World:
             for engine in self.engines.values():
                 self.tell_facts(engine)
         self.do(self.index.on_tick(self.now))
-        while self.index.residency.sweep(64):
+        while self.index.residency.sweep():
             pass
 
     def restart(self, engine: ModelEngine) -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvatlas_common.words import EngineId, Medium
+
+PromptKeys: TypeAlias = Sequence[int] | NDArray[np.uint64]
+"""Of a prompt, first block first."""
+
+Prompts: TypeAlias = Mapping[str, PromptKeys]
+"""Hash profile name -> the prompt's block keys under it."""
 
 
 class EngineMatch(NamedTuple):

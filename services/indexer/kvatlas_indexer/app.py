@@ -67,7 +67,7 @@ SCRAPED_DELAY_S = 0.05  # and figures of engines, which are older than that anyw
 LOADS_GAP_S = 0.005
 """What routers have in flight is told to the others at once, but no more often: two routers that do not know of each
 other's last request choose the same engine."""
-SWEEP_PARTS = 8  # parts of the key space swept between two turns of the loop
+
 SERVICE = "kvatlas-indexer"
 
 
@@ -377,7 +377,7 @@ class Indexer:
 
     async def _sweep(self) -> None:
         while True:
-            busy = self.index.residency.sweep(SWEEP_PARTS)
+            busy = self.index.residency.sweep()
             await asyncio.sleep(0.001 if busy else TICK_S)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,6 +71,25 @@ def test_a_match_answer_survives_the_wire(found: tuple[EngineMatch, ...], unknow
     assert message == field_by_field(answer)
 
 
+@given(st.lists(matches, max_size=3).map(tuple), st.lists(engines, max_size=3).map(tuple), st.integers(0, 400))
+def test_a_packed_answer_cut_off_or_in_another_order_is_read_as_a_message_is(
+    found: tuple[EngineMatch, ...], unknown: tuple[EngineId, ...], cut: int
+) -> None:
+    packed = wire.packed_match_response(MatchAnswer(found, unknown))
+    other = [pb.MatchResponse(unknown=map(str, unknown)).SerializeToString(), packed]
+    other += [pb.MatchResponse(engines=[pb.EngineMatch(engine=str(m.engine))]).SerializeToString() for m in found]
+    for message in (b"".join(other), packed[:cut]):
+        try:
+            expected = pb.MatchResponse.FromString(message)
+        except DecodeError:
+            with pytest.raises(ValueError, match="answer"):
+                wire.unpacked_match_answer(message)
+        else:
+            read = wire.unpacked_match_answer(message)
+            assert [(str(m.engine), m.blocks) for m in read.matches] == [(e.engine, e.blocks) for e in expected.engines]
+            assert [str(engine) for engine in read.unknown] == list(expected.unknown)
+
+
 def field_by_field(answer: MatchAnswer) -> pb.MatchResponse:
     return pb.MatchResponse(
         engines=[
@@ -117,7 +137,7 @@ def test_an_engine_survives_the_wire(view: EngineView) -> None:
 
 @given(keys)
 def test_keys_survive_packing(block_keys: tuple[int, ...]) -> None:
-    assert tuple(wire.unpack_keys(wire.pack_keys(block_keys))) == block_keys
+    assert tuple(wire.unpack_keys(wire.pack_keys(block_keys)).tolist()) == block_keys
 
 
 def test_an_observation_of_nothing_is_refused() -> None:

@@ -153,3 +153,17 @@ def test_an_engine_known_to_be_empty_is_known() -> None:
     choice = chooser.choose(PRECISE, ask(0), views, loads={}, answer=MatchAnswer(unknown=(B,)), now=1.0)
     assert choice is not None
     assert {t.engine: t.cached_tokens for t in choice.terms} == {A: 0, B: None}
+
+
+def test_what_was_prepared_is_no_other_choice_and_what_happened_since_counts() -> None:
+    ready, plain = (Chooser(random.Random(1).random) for _ in range(2))
+    for n in range(30):
+        now = n / 100
+        ready.prepare(VIEWS, {}, now)
+        engines = []
+        for chooser in (ready, plain):
+            chooser.send(choose(chooser, ask(n * 1000), now).terms[0], ask(n * 1000), now)
+            choice = choose(chooser, ask(n * 1000 + 500), now)
+            chooser.send(choice.terms[0], ask(n * 1000 + 500), now)
+            engines.append([(term.engine, term.ahead) for term in choice.terms])
+        assert engines[0] == engines[1]

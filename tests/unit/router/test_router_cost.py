@@ -1,13 +1,16 @@
-"""Costs: their parts, what makes them rise, and that the short way to their sum is right."""
+"""Costs: their parts, what makes them rise, and that what is reckoned for all engines at once is their sum."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas_common.words import Medium
-from kvatlas_router.core.cost import FULL, Ahead, Quote
+from kvatlas_router.core.cost import FULL, Ahead, Figures, Quote
 from kvatlas_router.core.rates import PRIOR, Speed
 
 aheads = st.builds(
@@ -22,21 +25,61 @@ aheads = st.builds(
 transfers = st.lists(st.tuples(st.sampled_from([Medium.CPU, Medium.STORAGE, Medium.REMOTE]), st.integers(0, 9000)))
 
 
-@given(aheads, st.integers(0, 100_000), transfers, st.floats(0, 2000))
-def test_the_sum_of_a_cost_is_what_the_short_way_says(
-    ahead: Ahead, tokens: int, moved: list[tuple[Medium, int]], answer_tokens: float
-) -> None:
-    quote = Quote(Speed(token_s=0.0002), ahead, answer_tokens)
-    cost = quote.cost(tokens, moved)
-    assert quote.total_ms(tokens, moved) == pytest.approx(cost.total_ms, rel=1e-9)
-    assert cost.total_ms == pytest.approx(cost.ttft_ms + cost.others_ms)
-    assert min(cost) >= 0
+class Engine(NamedTuple):
+    """One, and what a request would be to it."""
+
+    quote: Quote
+    to_compute: int
+    voided: float
+    moved: list[tuple[Medium, int]]
+
+
+engines = st.builds(
+    Engine,
+    st.builds(
+        Quote,
+        st.just(Speed(token_s=0.0002)),
+        aheads,
+        st.floats(0, 2000),
+        busy=st.floats(0, 1),
+        share=st.sampled_from([0.1, 0.5, 1.0]),
+    ),
+    st.integers(0, 100_000),
+    st.one_of(st.just(0.0), st.floats(0, 10_000)),
+    transfers,
+)
+
+
+def total_ms(quote: Quote, to_compute: int) -> float:
+    return quote.cost(to_compute).total_ms
+
+
+@given(st.lists(engines, max_size=9))
+def test_the_costs_of_all_engines_at_once_are_the_sums_of_the_costs_of_each(fleet: list[Engine]) -> None:
+    costs = [each.quote.cost(each.to_compute, each.moved, each.voided) for each in fleet]
+    totals = Figures.of(each.quote.figures for each in fleet).totals_ms(
+        to_compute=np.array([each.to_compute for each in fleet], float),
+        voided=np.array([each.voided for each in fleet], float),
+        moved_s=np.array([each.quote.moved_s(each.moved) for each in fleet], float),
+    )
+    expected = [cost.total_ms / each.quote.share for cost, each in zip(costs, fleet, strict=True)]
+    assert totals.tolist() == pytest.approx(expected, rel=1e-9)
+    for cost in costs:
+        assert cost.total_ms == pytest.approx(cost.ttft_ms + cost.others_ms)
+        assert min(cost) >= 0
+
+
+@given(st.lists(aheads, min_size=1, max_size=9))
+def test_figures_know_what_is_in_flight_and_who_computes(fleet: list[Ahead]) -> None:
+    figures = Figures.of(Quote(PRIOR, ahead).figures for ahead in fleet)
+    assert figures.in_flight.tolist() == [ahead.in_flight for ahead in fleet]
+    assert figures.busy == pytest.approx(sum(ahead.pending > 0 for ahead in fleet) / len(fleet))
 
 
 @given(aheads, st.integers(0, 50_000), st.integers(1, 50_000))
 def test_more_to_compute_never_costs_less(ahead: Ahead, tokens: int, more: int) -> None:
     quote = Quote(PRIOR, ahead, 300.0)
-    assert quote.total_ms(tokens + more) > quote.total_ms(tokens)
+    assert total_ms(quote, tokens + more) > total_ms(quote, tokens)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +93,7 @@ def test_more_to_compute_never_costs_less(ahead: Ahead, tokens: int, more: int) 
 )
 def test_whatever_is_ahead_costs(busier: Ahead) -> None:
     idle = Ahead(kv_tokens=busier.kv_tokens)
-    assert Quote(PRIOR, busier, 300.0).total_ms(1000) > Quote(PRIOR, idle, 300.0).total_ms(1000)
+    assert total_ms(Quote(PRIOR, busier, 300.0), 1000) > total_ms(Quote(PRIOR, idle, 300.0), 1000)
 
 
 def test_the_price_of_room_rises_without_bound_and_a_full_cache_is_waited_for() -> None:

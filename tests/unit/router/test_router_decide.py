@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 from collections.abc import Mapping, Sequence
@@ -89,6 +90,32 @@ async def test_a_match_decides() -> None:
     assert (decision.choice.terms[0].cached_tokens, decision.choice.terms[0].to_compute) == (192, 108)
     assert decision.comparable
     assert set(decision.learnt.stages) == {"tokenise", "match", "choose"}
+
+
+class Preparing(Chooser):
+    """Says when it is asked to prepare a choice."""
+
+    def __init__(self) -> None:
+        super().__init__(random.Random(1).random)
+        self.prepared = asyncio.Event()
+
+    def prepare(self, views: Sequence[EngineView], loads: Mapping[EngineId, Load], now: float) -> None:
+        super().prepare(views, loads, now)
+        self.prepared.set()
+
+
+async def test_the_choice_is_prepared_while_the_index_is_asked() -> None:
+    chooser = Preparing()
+
+    class Waits(Given):
+        async def match(self, model: str, prompts: Mapping[str, Keys], *, estimate: bool = False) -> MatchAnswer:
+            assert not chooser.prepared.is_set()
+            async with asyncio.timeout(5):
+                await chooser.prepared.wait()
+            return MatchAnswer((EngineMatch(B, 3, {Medium.GPU: 3}, True),))
+
+    decision = await replace(decider(Waits(), view(A), view(B)), chooser=chooser).decide(asked())
+    assert decision.choice.engine.id == B
 
 
 async def test_an_engine_whose_profile_was_not_asked_about_is_unknown() -> None:

@@ -16,7 +16,8 @@ from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.matching import EngineMatch
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_router.core.ask import Ask
-from kvatlas_router.core.choice import Candidate, Choice, EngineState, NoEngine, Standing, Strategy
+from kvatlas_router.core.candidates import Candidate, Candidates, EngineState, Standing
+from kvatlas_router.core.choice import Choice, NoEngine, Strategy
 from kvatlas_router.core.cost import Ahead, Quote
 from kvatlas_router.core.outliers import Trust
 from kvatlas_router.core.plans import Plan
@@ -43,7 +44,7 @@ def bare(number: int, health: Health = Health.READY, known: bool = False, **also
     return with_(Candidate(EngineState.of(view(number, health)), known=known, block_size=64), **also)
 
 
-def with_(candidate: Candidate, **also: object) -> Candidate:
+def with_(candidate: Candidate, **also: Any) -> Candidate:
     """Fields of the candidate, of its state, or of what is ahead there."""
 
     def of(named: type[NamedTuple]) -> Any:
@@ -51,8 +52,9 @@ def with_(candidate: Candidate, **also: object) -> Candidate:
 
     before = candidate.state
     ahead = before.ahead._replace(**of(Ahead))
-    own = {"last_used": before.last_used, "share": before.share} | {n: also[n] for n in ("trust",) if n in also}
-    state = EngineState.of(before.view, ahead, Quote(PRIOR, ahead, ANSWER_TOKENS), **own | of(EngineState))
+    quote = Quote(PRIOR, ahead, ANSWER_TOKENS, share=also.get("share", before.share))
+    own = {"last_used": before.last_used} | {n: also[n] for n in ("last_used", "trust") if n in also}
+    state = EngineState.of(before.view, ahead, quote, **own)
     return candidate._replace(state=state, **of(Candidate))
 
 
@@ -66,7 +68,7 @@ def choose(
     **ask: object,
 ) -> Choice:
     asked = replace(Ask("m", tokens), **ask)  # type: ignore[arg-type]
-    situation = Situation(asked, candidates, None, chance)
+    situation = Situation(asked, Candidates.of(candidates), None, chance)
     choice = policy(name, temperature_ms=temperature_ms).choose(situation)
     assert choice is not None
     return choice
@@ -79,7 +81,7 @@ def numbers(choice: Choice) -> list[str]:
 candidates = st.lists(
     st.builds(
         lambda number, health, blocks, known, queued, used, trust, share: Candidate(
-            EngineState.of(view(number, health), Ahead(queued), last_used=used, trust=trust, share=share),
+            EngineState.of(view(number, health), Ahead(queued), Quote(PRIOR, Ahead(queued), share=share), used, trust),
             EngineMatch(view(number).id, blocks, {Medium.GPU: blocks}, True) if blocks and known else None,
             known,
             64,
@@ -102,7 +104,7 @@ candidates = st.lists(
 def test_cost_picks_what_a_plain_search_picks(found: list[Candidate], tokens: int) -> None:
     usable = [c for c in found if c.view.health is not Health.DOWN]
     if not any(c.known for c in found):
-        asked = Situation(Ask("m", tokens), found, None, lambda: 0.5)
+        asked = Situation(Ask("m", tokens), Candidates.of(found), None, lambda: 0.5)
         assert policy(PolicyName.PRECISE).choose(asked) is None
         return
     if not usable:
@@ -274,7 +276,7 @@ def test_of_two_at_random_the_less_loaded_and_never_the_worst_of_all() -> None:
 def test_turns_go_round() -> None:
     fleet = [bare(n) for n in (1, 2, 3)]
     turning = policy(PolicyName.ROUND_ROBIN)
-    situation = Situation(Ask("m", 5), fleet, None, lambda: 0.5)
+    situation = Situation(Ask("m", 5), Candidates.of(fleet), None, lambda: 0.5)
     chosen = [turning.choose(situation) for _ in range(6)]
     assert [numbers(c)[0] for c in chosen if c] == ["1", "2", "3", "1", "2", "3"]
 
@@ -289,7 +291,7 @@ def test_chance_is_repeatable_and_fair() -> None:
 
 @pytest.mark.parametrize("name", PolicyName)
 def test_every_plan_ends_with_an_answer(name: PolicyName) -> None:
-    situation = Situation(Ask("m", 100), [bare(1)], "why", lambda: 0.5)
+    situation = Situation(Ask("m", 100), Candidates.of([bare(1)]), "why", lambda: 0.5)
     answers = [each.choose(situation) for each in Plan.of(name).policies]
     assert answers[-1] is not None
     assert [a.reason.cause for a in answers if a] == ["why"] * len([a for a in answers if a])

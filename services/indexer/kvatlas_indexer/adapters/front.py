@@ -7,10 +7,10 @@ between, and nothing piles up for it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 from kvatlas_common.fleet import Fleet, Load
-from kvatlas_common.matching import Holder, MatchAnswer
+from kvatlas_common.matching import Holder, MatchAnswer, Prompts
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.contracts import FleetDelta, Lookups
 from kvatlas_indexer.core.loads import LoadBoard, Telling
@@ -30,7 +30,7 @@ class Front:
     async def match(
         self,
         model: str,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         engines: Collection[EngineId] = (),
         *,
         estimate: bool = False,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from kvatlas_common.fleet import Fleet
-from kvatlas_common.matching import Holder, MatchAnswer
+from kvatlas_common.matching import Holder, MatchAnswer, Prompts
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.index import KvIndex
 
@@ -16,9 +16,7 @@ class LocalIndex:
     def __init__(self, index: KvIndex) -> None:
         self._index = index
 
-    async def match(
-        self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
-    ) -> MatchAnswer:
+    async def match(self, model: str, prompts: Prompts, engines: Collection[EngineId] = ()) -> MatchAnswer:
         return self._index.match(model, prompts, engines)
 
     async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 
 from kvatlas_common import wire
-from kvatlas_common.matching import MatchAnswer
+from kvatlas_common.matching import MatchAnswer, PromptKeys
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.contracts import Index, IndexUnavailable, UnknownModel
@@ -111,13 +111,13 @@ class Matches:
             raise _Refused(grpc.StatusCode.UNAVAILABLE, str(error)) from None
 
 
-def _lookup(request: pb.MatchRequest) -> tuple[str, dict[str, list[int]], tuple[EngineId, ...]]:
+def _lookup(request: pb.MatchRequest) -> tuple[str, dict[str, PromptKeys], tuple[EngineId, ...]]:
     """Raises `ValueError` that names the field."""
     if not request.model:
         raise ValueError("model: not given")
     if not request.prompts:
         raise ValueError("prompts: none given")
-    prompts: dict[str, list[int]] = {}
+    prompts: dict[str, PromptKeys] = {}
     for number, prompt in enumerate(request.prompts):
         if not prompt.profile:
             raise ValueError(f"prompts[{number}].profile: not given")

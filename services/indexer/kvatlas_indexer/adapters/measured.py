@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 
 from kvatlas_common.fleet import Fleet, Load
-from kvatlas_common.matching import Holder, MatchAnswer
+from kvatlas_common.matching import Holder, MatchAnswer, Prompts
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.contracts import FleetDelta, Index, IndexUnavailable, UnknownModel
 from kvatlas_indexer.core.durations import Durations
@@ -24,7 +24,7 @@ class MeasuredIndex:
     async def match(
         self,
         model: str,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         engines: Collection[EngineId] = (),
         *,
         estimate: bool = False,

@@ -7,11 +7,13 @@ Source: https://redis.io/docs/latest/develop/reference/protocol-spec/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kvatlas_common.matching import PromptKeys
 
 Argument: TypeAlias = bytes | str | int | float
 Keys: TypeAlias = NDArray[np.uint64]
@@ -32,8 +34,8 @@ def command(*arguments: Argument) -> bytes:
     return head(len(arguments)) + b"".join(map(bulk, arguments))
 
 
-def key_array(keys: Sequence[int]) -> Keys:
-    return np.array(keys, dtype=np.uint64)
+def key_array(keys: PromptKeys) -> Keys:
+    return np.asarray(keys, dtype=np.uint64)
 
 
 class BlockKeys:

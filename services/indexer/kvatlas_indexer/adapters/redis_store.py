@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kvatlas_common.matching import PromptKeys
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.redis_blocks import Holders, all_blocks, block_keys, mget_command
 from kvatlas_indexer.adapters.redis_client import RedisClient, Request
@@ -61,7 +62,7 @@ class RedisStore:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    async def lookup(self, keys: Sequence[int]) -> Lookup:
+    async def lookup(self, keys: PromptKeys) -> Lookup:
         """Who holds the blocks of a prompt, from the first on: one round to all partitions per window."""
         packed = key_array(keys)
         values: list[bytes | None] = []

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from kvatlas_common.fleet import Fleet
-from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
+from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer, PromptKeys, Prompts
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.redis_client import StoreUnavailable
 from kvatlas_indexer.adapters.redis_store import WINDOW_FIRST, Lookup
@@ -29,7 +29,7 @@ RETRY_S = 0.5
 class SharedStore(Protocol):
     """What is read of a `RedisStore`, and answered as it does."""
 
-    async def lookup(self, keys: Sequence[int]) -> Lookup: ...
+    async def lookup(self, keys: PromptKeys) -> Lookup: ...
     async def version(self) -> int: ...
     async def records(self) -> tuple[int, dict[str, bytes]]: ...
 
@@ -52,9 +52,7 @@ class SharedIndex:
         self._reading = asyncio.Lock()
         self.errors = 0  # of reading the fleet's records; those of lookups are theirs
 
-    async def match(
-        self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
-    ) -> MatchAnswer:
+    async def match(self, model: str, prompts: Prompts, engines: Collection[EngineId] = ()) -> MatchAnswer:
         plans, _ = self._shared.plan(model)
         asked = {profile: keys for profile, keys in prompts.items() if profile in plans}
         lookups = [self._store.lookup(keys) for keys in asked.values()]

@@ -7,7 +7,7 @@ kvatlas.v1.KvIndex/Match             server, RPC: continues the router's span, f
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import grpc.aio
 from opentelemetry.trace import SpanKind, Tracer
 
 from kvatlas_common.fleet import Fleet
-from kvatlas_common.matching import Holder, MatchAnswer
+from kvatlas_common.matching import Holder, MatchAnswer, PromptKeys, Prompts
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.tracing import Attributes, context_of, failed, known, span
 from kvatlas_common.words import EngineId
@@ -74,9 +74,7 @@ class TracedLookups:
     inner: Lookups
     tracer: Tracer
 
-    async def match(
-        self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
-    ) -> MatchAnswer:
+    async def match(self, model: str, prompts: Prompts, engines: Collection[EngineId] = ()) -> MatchAnswer:
         with span(self.tracer, "lookup", {"kvatlas.store": "memory"}):
             return await self.inner.match(model, prompts, engines)
 
@@ -94,7 +92,7 @@ class TracedStore:
     inner: SharedStore
     tracer: Tracer
 
-    async def lookup(self, keys: Sequence[int]) -> Lookup:
+    async def lookup(self, keys: PromptKeys) -> Lookup:
         attributes: Attributes = {
             "db.system.name": "redis",
             "db.operation.name": "MGET",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvatlas_common.fleet import EngineView, Fleet, Load
-from kvatlas_common.matching import Holder, MatchAnswer
+from kvatlas_common.matching import Holder, MatchAnswer, Prompts
 from kvatlas_common.observations import Observation
 from kvatlas_common.words import EngineId
 
@@ -33,9 +33,7 @@ class IndexUnavailable(Exception):
 class Lookups(Protocol):
     """The residency, wherever it is kept, and the fleet it is of."""
 
-    async def match(
-        self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
-    ) -> MatchAnswer:
+    async def match(self, model: str, prompts: Prompts, engines: Collection[EngineId] = ()) -> MatchAnswer:
         """`prompts`: hash profile name -> the prompt's block keys under it. `engines`: only these; empty, all.
 
         Raises `UnknownModel`, `IndexUnavailable`.
@@ -55,7 +53,7 @@ class Index(Protocol):
     async def match(
         self,
         model: str,
-        prompts: Mapping[str, Sequence[int]],
+        prompts: Prompts,
         engines: Collection[EngineId] = (),
         *,
         estimate: bool = False,

@@ -18,6 +18,7 @@ from kvatlas_common.events.types import (
     RejectedEvent,
     Rejection,
     between_clears,
+    with_removals_joined,
 )
 from kvatlas_common.findings import Code, Finding
 from kvatlas_common.fleet import Sync
@@ -266,11 +267,12 @@ class Engine:
             self._residency.version += 1
         if renamed:
             self._residency.rename(self.id, renamed)
-        for event in events:
+        for event in with_removals_joined(events):
             if isinstance(event, BlockStored):
                 self._store(event, now)
             else:
                 self._remove(event)
+        self.counts["event-removed"] += sum(type(event) is BlockRemoved for event in events)
 
     def _learn_groups(self, batch: EventBatch) -> None:
         """The kind of a group comes with its stores; those of offload tiers may leave it out."""
@@ -305,7 +307,7 @@ class Engine:
         if not keys:
             return
         write = self._residency.hold if self._reannounces else self._residency.store
-        write(self.id, event.group, event.medium, keys)
+        write(self.id, event.group, event.medium, keys, self.naming.key_before(event))
         place = self._residency.place(self.id, event.group, event.medium)
         if place is not None and place.live.blocks > self._bounds.blocks_max:
             self._residency.doubt(self.id, now, [event.medium])
@@ -316,7 +318,6 @@ class Engine:
     def _remove(self, event: BlockRemoved) -> None:
         self.tiered = self.tiered or event.medium is not Medium.GPU
         keys = self._behind(self.naming.removed(event))
-        self.counts["event-removed"] += 1
         self.counts["removed"] += len(keys)
         missing = self._residency.remove(self.id, event.group, event.medium, keys)
         self.counts["removed-unknown"] += missing

@@ -8,7 +8,7 @@ network; all else is done when it returns.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import xxhash
 
@@ -19,7 +19,7 @@ from kvatlas_common.events.decode import decode_batch, decode_topic
 from kvatlas_common.events.types import EventBatch, MalformedBatch, RejectedEvent, Rejection
 from kvatlas_common.findings import Finding
 from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health
-from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer
+from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer, PromptKeys, Prompts
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.claims import Claims, refused
 from kvatlas_indexer.core.commands import Command, Replay, Rules, StopReplay
@@ -249,9 +249,7 @@ class KvIndex:
 
     # -- the read path -------------------------------------------------------------------------------------------------
 
-    def match(
-        self, model: str, prompts: Mapping[str, Sequence[int]], engines: Collection[EngineId] = ()
-    ) -> MatchAnswer:
+    def match(self, model: str, prompts: Prompts, engines: Collection[EngineId] = ()) -> MatchAnswer:
         """`prompts`: profile name -> block keys. Raises `UnknownModel`."""
         plan = self._plan(model)
         found: list[EngineMatch] = []
@@ -263,7 +261,7 @@ class KvIndex:
                 unknown += tuple(of_profile.engines)
         return MatchAnswer(tuple(found), unknown).among(engines)
 
-    def _matched(self, plan: Plan, keys: Sequence[int]) -> list[EngineMatch]:
+    def _matched(self, plan: Plan, keys: PromptKeys) -> list[EngineMatch]:
         if (bits := plan.simple) is not None:
             return plan.matched(self.residency.fall_outs(keys, bits))
         return plan.match(self.residency.masks(keys) if plan.needs_all else self.residency.leading_masks(keys))

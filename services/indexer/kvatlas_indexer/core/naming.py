@@ -245,6 +245,13 @@ class Naming:
             keys.append(key_of(name.state))
         return keys
 
+    def key_before(self, event: BlockStored) -> int | None:
+        """Of the block that those of the event follow, if there is one and its name is known."""
+        if self.mode is Mode.OWN or event.parent is None:
+            return event.parent
+        name = self._names.get(event.parent)
+        return key_of(name.state) if name else None
+
     def removed(self, event: BlockRemoved) -> Sequence[int]:
         if self.mode is Mode.OWN:
             return event.keys

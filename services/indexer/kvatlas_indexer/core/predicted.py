@@ -15,6 +15,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from kvatlas_common.matching import PromptKeys
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.words import EngineId
 
@@ -50,10 +53,11 @@ class Predicted:
         """Requests whose blocks are expected."""
         return len(self._pending) + len(self._computed)
 
-    def leading(self, keys: Sequence[int]) -> dict[EngineId, int]:
+    def leading(self, prompt: PromptKeys) -> dict[EngineId, int]:
         """How many leading blocks of the prompt are expected on each engine; only engines with any."""
-        if not keys or not self._counts:
+        if not len(prompt) or not self._counts:
             return {}
+        keys = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         first, deepest_first, total = keys[0], keys[::-1], len(keys)
         return {
             engine: total - bisect_left(deepest_first, True, key=counts.__contains__)

@@ -47,7 +47,7 @@ class Write:
 
 @dataclass(slots=True)
 class _Pending:
-    touched: dict[Slot, set[int]] = field(default_factory=dict)
+    touched: dict[Slot, dict[int, None]] = field(default_factory=dict)  # in order: what is in a row is read at once
     count: int = 0  # an upper bound: a key touched twice counts twice
     whole: bool = False  # everything is to be published again
 
@@ -82,9 +82,9 @@ class Projection:
             return
         touched = pending.touched.get(slot)
         if touched is None:
-            touched = pending.touched[slot] = set()
+            touched = pending.touched[slot] = {}
         before = len(touched)
-        touched.update(keys)
+        touched.update(dict.fromkeys(keys))
         pending.count += len(touched) - before
         if pending.count > self._pending_max:
             self.publish_again(slot.engine)
@@ -132,8 +132,8 @@ class Projection:
         by_partition: dict[int, list[SlotWrite]] = {}
         for slot, keys in pending.touched.items():
             if self._residency.is_live(slot):
-                for partition, part in self._parted(keys):
-                    by_partition.setdefault(partition, []).append(self._write(slot, part))
+                for partition, write in self._writes(slot, list(keys)):
+                    by_partition.setdefault(partition, []).append(write)
         return [Write(engine, partition, tuple(writes)) for partition, writes in by_partition.items()]
 
     def put_back(self, engine: EngineId, writes: Iterable[Write]) -> None:
@@ -160,19 +160,21 @@ class Projection:
             self._pending.pop(engine, None)
             by_partition: dict[int, list[SlotWrite]] = {}
             for slot in slots:
-                for partition, part in self._parted(keys_of[slot]):
-                    by_partition.setdefault(partition, []).append(self._write(slot, part))
+                for partition, write in self._writes(slot, keys_of[slot]):
+                    by_partition.setdefault(partition, []).append(write)
             held[engine] = [Write(engine, partition, tuple(writes)) for partition, writes in by_partition.items()]
         return held
 
-    def _write(self, slot: Slot, keys: Sequence[int]) -> SlotWrite:
-        copies = self._residency.copies(slot, keys)
-        return SlotWrite(self.number(slot), keys, bytes(min(count, COPIES_MAX) for count in copies))
-
-    def _parted(self, keys: Iterable[int]) -> list[tuple[int, list[int]]]:
+    def _writes(self, slot: Slot, keys: list[int]) -> list[tuple[int, SlotWrite]]:
+        """By partition."""
+        if not keys:
+            return []
+        copies, number = [min(count, COPIES_MAX) for count in self._residency.copies(slot, keys)], self.number(slot)
         if self._partitions == 1:
-            return [(0, of_all)] if (of_all := list(keys)) else []
-        parts: dict[int, list[int]] = {}
-        for key in keys:
-            parts.setdefault(key % self._partitions, []).append(key)
-        return list(parts.items())
+            return [(0, SlotWrite(number, keys, bytes(copies)))]
+        parts: dict[int, tuple[list[int], bytearray]] = {}
+        for key, count in zip(keys, copies, strict=True):
+            part = parts.setdefault(key % self._partitions, ([], bytearray()))
+            part[0].append(key)
+            part[1].append(count)
+        return [(partition, SlotWrite(number, some, bytes(counts))) for partition, (some, counts) in parts.items()]

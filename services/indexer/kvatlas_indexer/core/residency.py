@@ -1,9 +1,8 @@
 """Which (engine, group, medium) hold which blocks, in memory.
 
-Every (engine, group, medium) has a *slot*: one bit. A block key maps to the integer that has the bits of its holders,
-so a lookup is a dictionary access, a whole fleet is compared with one AND, and a block with one holder costs no more
-than its key. Copies beyond the first are counted beside, per slot: an engine that computed a block twice publishes it
-stored twice and removed twice, and a set would forget it too early.
+Every (engine, group, medium) has a *slot*: one bit. A block key maps to the integer that has the bits of its holders
+(see `block_map`), so a whole fleet is compared with one AND. Copies beyond the first are counted beside, per slot: an
+engine that computed a block twice publishes it stored twice and removed twice, and a set would forget it too early.
 
 Slots are also the generations. A clear, a restart or a death *retires* the slots of an engine, which costs nothing
 whatever they hold: no reader asks for their bits any more, the next store gets a new slot, and a sweep takes the old
@@ -16,14 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from kvatlas_common.matching import Holder
+from kvatlas_common.matching import Holder, PromptKeys
 from kvatlas_common.words import EngineId, Medium
+from kvatlas_indexer.core.block_map import BlockMap
 from kvatlas_indexer.core.slots import Journal, Place, Slot
 
-_PARTS = 256  # the key space in parts, so that the sweep never holds up anyone for more than one of them
-_PART_MASK = _PARTS - 1
-_SWEEP_KEYS_MAX = 4096  # taken out in one step of the sweep: a few milliseconds
-_LOOKED_UP_AT_ONCE = 128
+_FREED_AT_ONCE = 4096
 DOUBTS_MAX = 16
 """Doubtful slots an (engine, group, medium) may have at once; beyond, the oldest, most doubtful one is retired."""
 
@@ -32,14 +29,12 @@ class Residency:
     """The memory store. Not thread-safe: one event loop owns it."""
 
     def __init__(self) -> None:
-        self._parts: list[dict[int, int]] = [{} for _ in range(_PARTS)]
+        self._blocks = BlockMap()
         self._engines: dict[EngineId, dict[tuple[int, Medium], Place]] = {}
         self._slots: list[Slot | None] = []
         self._free: list[int] = []
         self._retired: list[int] = []  # bits no reader asks for, still set in some entries
         self._sweeping: list[int] = []  # those of them this pass of the sweep takes out
-        self._sweep_part = 0
-        self._dying: list[int] = []  # keys of the parts swept last that still have bits to be taken out
         self._buried: list[dict[int, Any]] = []  # what nobody needs any more, freed by the sweep bit by bit
         self.journal: Journal | None = None
         self.on_removed: Callable[[EngineId, Sequence[int]], None] | None = None
@@ -48,35 +43,31 @@ class Residency:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def store(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int]) -> None:
-        """One more copy of each block. In doubt before, it is a first one: how many there were is not known."""
+    def store(
+        self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int], after: int | None = None
+    ) -> None:
+        """One more copy of each block. In doubt before, it is a first one: how many there were is not known.
+
+        `after`: the block that these follow, where that is known; it makes lookups quicker, and nothing else.
+        """
         place, keys = self._place(engine, group, medium), list(keys)
         if place.doubts:
             self._settle(place, keys)
-        slot, parts = place.live, self._parts
-        bit, new = slot.bit, 0
-        before = after = 0  # blocks in a row mostly have the same holders: they share one integer
-        for key in keys:
-            part = parts[key & _PART_MASK]
-            holders = part.get(key)
-            if holders is None:
-                part[key] = bit
-                new += 1
-            elif not holders & bit:
-                if holders != before:
-                    before, after = holders, holders | bit
-                part[key] = after
-                new += 1
-            else:
-                slot.copies[key] = slot.copies.get(key, 1) + 1
-        slot.blocks += new
+        slot, bit, copies = place.live, place.live.bit, place.live.copies
+        for holders, some in self._blocks.change(keys, lambda holders: holders | bit, after).items():
+            if not holders & bit:
+                slot.blocks += len(some)
+                continue
+            for key in some:
+                copies[key] = copies.get(key, 1) + 1
         if self.journal is not None:
             self.journal.touch(slot, keys)
 
-    def hold(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int]) -> None:
+    def hold(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int], after: int | None = None) -> None:
         """The engine holds these blocks, whatever it said before: one copy, never more."""
-        bit = self._place(engine, group, medium).live.bit
-        self.store(engine, group, medium, [k for k in dict.fromkeys(keys) if not self._holders(k) & bit])
+        bit, once = self._place(engine, group, medium).live.bit, list(dict.fromkeys(keys))
+        held = self._blocks.get_all(once)
+        self.store(engine, group, medium, [k for k, h in zip(once, held, strict=True) if not h & bit], after)
 
     def remove(self, engine: EngineId, group: int, medium: Medium, keys: Iterable[int]) -> int:
         """One copy less of each block; returns how many were not there."""
@@ -85,28 +76,29 @@ class Residency:
             self.on_removed(engine, keys)
         if place is None:
             return len(keys)
-        missing, gone, slot, parts = 0, 0, place.live, self._parts
-        bit, doubt_mask, counted = slot.bit, place.doubt_mask, slot.copies
-        for key in keys:
-            part = parts[key & _PART_MASK]
-            holders = part.get(key, 0)
+        slot, missing = place.live, 0
+        bit, doubt_mask = slot.bit, place.doubt_mask
+        last = [key for key in keys if not self._had_copies(slot, key)] if slot.copies else keys
+        # The last block of a prompt goes first: the other way round they are in a row.
+        for holders, some in self._blocks.change(last[::-1], lambda holders: holders & ~bit).items():
             if holders & bit:
-                if counted and key in counted:
-                    self._set_copies(slot, key, counted[key] - 1)
-                    continue
-                gone += 1
-                if holders == bit:
-                    del part[key]
-                else:
-                    part[key] = holders & ~bit
-            elif holders & doubt_mask:
-                self._remove_doubtful(place, key)
+                slot.blocks -= len(some)
+            elif not holders & doubt_mask:
+                missing += len(some)
             else:
-                missing += 1
-        slot.blocks -= gone
+                for key in some:
+                    self._remove_doubtful(place, key)
         if self.journal is not None:
             self.journal.touch(slot, keys)
         return missing
+
+    def _had_copies(self, slot: Slot, key: int) -> bool:
+        """Whether there was more than one; now there is one less."""
+        copies = slot.copies.get(key)
+        if copies is None:
+            return False
+        self._set_copies(slot, key, copies - 1)
+        return True
 
     def clear(self, engine: EngineId, media: Iterable[Medium] = tuple(Medium)) -> None:
         """Forget what an engine holds in these media, at once."""
@@ -155,7 +147,7 @@ class Residency:
             for old, new in names:
                 for slot in slots:
                     self._rename(slot, old, new)
-                holding = [slot for slot in slots if self._holders(new) & slot.bit]
+                holding = [slot for slot in slots if self._blocks.get(new) & slot.bit]
                 for slot in holding[:-1]:
                     self._let_go(slot, new)
 
@@ -166,38 +158,36 @@ class Residency:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def masks(self, keys: Iterable[int]) -> list[int]:
+    def masks(self, keys: PromptKeys) -> list[int]:
         """Per key the bits of its holders; 0 where nobody holds it. Bits of retired slots may still be set."""
-        parts = self._parts
-        return [parts[key & _PART_MASK].get(key, 0) for key in keys]
+        return self._blocks.get_all(keys)
 
-    def leading_masks(self, keys: Sequence[int]) -> list[int]:
+    def leading_masks(self, keys: PromptKeys) -> list[int]:
         """The same, up to the first block that nobody holds: most prompts are new from some block on."""
         masks: list[int] = []
-        for start in range(0, len(keys), _LOOKED_UP_AT_ONCE):
-            found = self.masks(keys[start : start + _LOOKED_UP_AT_ONCE])
-            if 0 in found:
-                return masks + found[: found.index(0)]
-            masks += found
+        for stretch in self._blocks.stretches(keys):
+            if not stretch[0]:
+                break
+            masks += stretch
         return masks
 
-    def fall_outs(self, keys: Iterable[int], bits: int) -> list[tuple[int, int]]:
+    def fall_outs(self, keys: PromptKeys, bits: int) -> list[tuple[int, int]]:
         """After how many leading blocks which of these bits fall out: (blocks, bits), in order; all of them, once each.
 
         The same as an AND over `leading_masks`, in one pass: the lookup of a whole fleet is this loop.
         """
-        found, parts, alive, same, depth = list[tuple[int, int]](), self._parts, bits, -1, 0
-        for key in keys:
-            holders = parts[key & _PART_MASK].get(key, 0)
-            if holders is not same:  # of the same value or not: blocks in a row mostly share one integer
-                left = alive & holders
-                if left != alive:
-                    found.append((depth, alive ^ left))
-                    if not left:
-                        return found
-                    alive = left
-                same = holders
-            depth += 1
+        found, alive, same, depth = list[tuple[int, int]](), bits, -1, 0
+        for stretch in self._blocks.stretches(keys):
+            for holders in stretch:
+                if holders is not same:  # of the same value or not: blocks in a row mostly share one integer
+                    left = alive & holders
+                    if left != alive:
+                        found.append((depth, alive ^ left))
+                        if not left:
+                            return found
+                        alive = left
+                    same = holders
+                depth += 1
         if alive:
             found.append((depth, alive))
         return found
@@ -214,7 +204,7 @@ class Residency:
         return any(place.doubts for place in self._engines.get(engine, {}).values())
 
     def holders(self, key: int) -> list[Holder]:
-        mask, found = self._holders(key), []
+        mask, found = self._blocks.get(key), []
         while mask:
             low = mask & -mask
             mask ^= low
@@ -234,18 +224,12 @@ class Residency:
 
     def table(self, engine: EngineId) -> dict[tuple[int, Medium, int], int]:
         """(group, medium, key) -> copies: all an engine holds. For checkers: it walks the whole index."""
-        slots = [s for place in self._engines.get(engine, {}).values() for s in place.slots()]
-        return {
-            (s.group, s.medium, key): s.copies.get(key, 1)
-            for part in self._parts
-            for key, mask in part.items()
-            for s in slots
-            if mask & s.bit
-        }
+        held = self.keys_of(self.slots(engine)).items()
+        return {(s.group, s.medium, key): s.copies.get(key, 1) for s, keys in held for key in keys}
 
     def __len__(self) -> int:
         """Keys, including those only retired slots still hold."""
-        return sum(map(len, self._parts))
+        return len(self._blocks)
 
     # -- for a copy elsewhere ------------------------------------------------------------------------------------------
 
@@ -255,23 +239,14 @@ class Residency:
     def is_live(self, slot: Slot) -> bool:
         return self._slots[slot.index] is slot
 
-    def copies(self, slot: Slot, keys: Iterable[int]) -> list[int]:
+    def copies(self, slot: Slot, keys: Sequence[int]) -> list[int]:
         """Of each block in one slot; 0 where it holds none."""
-        parts, bit, counted = self._parts, slot.bit, slot.copies
-        return [counted.get(key, 1) if parts[key & _PART_MASK].get(key, 0) & bit else 0 for key in keys]
+        bit, counted, held = slot.bit, slot.copies, self._blocks.get_all(keys)
+        return [counted.get(key, 1) if holders & bit else 0 for key, holders in zip(keys, held, strict=True)]
 
     def keys_of(self, slots: Sequence[Slot]) -> dict[Slot, list[int]]:
         """The blocks of each slot, in one walk over the whole index."""
-        found: dict[Slot, list[int]] = {slot: [] for slot in slots}
-        bits = [(slot.bit, found[slot]) for slot in slots]
-        any_of_them = sum(slot.bit for slot in slots)
-        for part in self._parts:
-            for key, holders in part.items():
-                if holders & any_of_them:
-                    for bit, keys in bits:
-                        if holders & bit:
-                            keys.append(key)
-        return found
+        return dict(zip(slots, self._blocks.keys_with([slot.bit for slot in slots]), strict=True))
 
     def restore(
         self, engine: EngineId, at: tuple[int, Medium], copies: Mapping[int, int], *, number: int, since: float | None
@@ -287,8 +262,8 @@ class Residency:
             place.doubts.append(place.live)
             place.live = slot
             place.doubt_mask = sum(doubtful.bit for doubtful in place.doubts)
+        self._blocks.change(list(copies), lambda holders: holders | slot.bit)
         for key, count in copies.items():
-            self._put(key, self._holders(key) | slot.bit)
             self._set_copies(slot, key, count)
         slot.blocks = len(copies)
 
@@ -299,26 +274,15 @@ class Residency:
         """Slots retired and not yet taken out."""
         return len(self._retired) + len(self._sweeping)
 
-    def sweep(self, parts: int = 16) -> bool:
-        """Takes retired bits out of the next parts of the key space; False when there is nothing to do."""
+    def sweep(self) -> bool:
+        """Takes retired bits out of the next blocks; False when there is nothing to do."""
         busy = self._free_buried()
-        if not self._sweeping:
+        if not self._blocks.in_pass:
             if not self._retired:
                 return busy
-            self._sweeping, self._retired, self._sweep_part = self._retired, [], 0
-        dead = sum(1 << index for index in self._sweeping)
-        left, end = _SWEEP_KEYS_MAX, min(self._sweep_part + parts, _PARTS)
-        while left > 0 and (self._dying or self._sweep_part < end):
-            if not self._dying:
-                part = self._parts[self._sweep_part]
-                self._dying = [key for key, holders in part.items() if holders & dead]
-                self._sweep_part += 1
-                left -= 1 + len(part) // 8  # to look at a key costs less than to take it out
-            dying, self._dying = self._dying[:_SWEEP_KEYS_MAX], self._dying[_SWEEP_KEYS_MAX:]
-            for key in dying:
-                self._put(key, self._holders(key) & ~dead)
-            left -= len(dying)
-        if self._sweep_part == _PARTS and not self._dying:
+            self._sweeping, self._retired = self._retired, []
+            self._blocks.begin_pass(sum(1 << index for index in self._sweeping))
+        if not self._blocks.step():
             self._free += self._sweeping
             self._sweeping = []
         return True
@@ -327,23 +291,13 @@ class Residency:
         if not self._buried:
             return False
         unneeded = self._buried[-1]
-        for _ in range(min(len(unneeded), _SWEEP_KEYS_MAX)):
+        for _ in range(min(len(unneeded), _FREED_AT_ONCE)):
             unneeded.popitem()
         if not unneeded:
             self._buried.pop()
         return True
 
     # -- within --------------------------------------------------------------------------------------------------------
-
-    def _holders(self, key: int) -> int:
-        return self._parts[key & _PART_MASK].get(key, 0)
-
-    def _put(self, key: int, holders: int) -> None:
-        part = self._parts[key & _PART_MASK]
-        if holders:
-            part[key] = holders
-        else:
-            part.pop(key, None)
 
     @staticmethod
     def _set_copies(slot: Slot, key: int, copies: int) -> None:
@@ -354,11 +308,9 @@ class Residency:
 
     def _settle(self, place: Place, keys: Iterable[int]) -> None:
         """These keys are no longer in doubt: the doubtful slots let go of them."""
-        for key in keys:
-            holders = self._holders(key)
-            if not holders & place.doubt_mask:
-                continue
-            for slot in place.doubts:
+        once = list(dict.fromkeys(keys))
+        for key, holders in zip(once, self._blocks.get_all(once), strict=True):
+            for slot in place.doubts if holders & place.doubt_mask else ():
                 if holders & slot.bit:
                     self._let_go(slot, key)
 
@@ -366,33 +318,33 @@ class Residency:
         """Of a block it holds, whatever the copies."""
         slot.blocks -= 1
         slot.copies.pop(key, None)
-        self._put(key, self._holders(key) & ~slot.bit)
+        self._blocks.put(key, self._blocks.get(key) & ~slot.bit)
         self._touch(slot, key)
 
     def _remove_doubtful(self, place: Place, key: int) -> None:
         """One copy less of a doubtful block: as long as there may be another, it stays doubtful."""
-        holders = self._holders(key)
+        holders = self._blocks.get(key)
         for slot in place.doubts:
             if holders & slot.bit:
                 copies = slot.copies.get(key, 1)
                 self._set_copies(slot, key, copies - 1)
                 if copies == 1:
                     slot.blocks -= 1
-                    self._put(key, holders & ~slot.bit)
+                    self._blocks.put(key, holders & ~slot.bit)
                 self._touch(slot, key)
                 return
 
     def _rename(self, slot: Slot, old: int, new: int) -> None:
-        holders = self._holders(old)
+        holders = self._blocks.get(old)
         if old == new or not holders & slot.bit:
             return
         copies = slot.copies.pop(old, 1)
-        self._put(old, holders & ~slot.bit)
-        into = self._holders(new)
+        self._blocks.put(old, holders & ~slot.bit)
+        into = self._blocks.get(new)
         if into & slot.bit:
             copies += slot.copies.get(new, 1)
             slot.blocks -= 1
-        self._put(new, into | slot.bit)
+        self._blocks.put(new, into | slot.bit)
         self._set_copies(slot, new, copies)
         self._touch(slot, old, new)
 

@@ -6,13 +6,13 @@ the engine's own profile; of an engine whose profile is not known, those of the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 
 from kvatlas_common.blocks.profile import HashProfile
 from kvatlas_common.fleet import EngineView, Fleet, Sync
 from kvatlas_common.history import ESTIMATE_PROFILE, RoutingHistory
-from kvatlas_common.matching import EngineMatch, MatchAnswer
+from kvatlas_common.matching import EngineMatch, MatchAnswer, Prompts
 from kvatlas_common.observations import Observation, Routed
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core.contracts import UnknownModel
@@ -22,7 +22,6 @@ from kvatlas_indexer.core.predicted import Predicted
 HISTORY_BLOCKS_MAX = 32_768
 """Per engine that does not say how much it can hold: 2M tokens in blocks of 64, more than most engines have."""
 
-Prompts = Mapping[str, Sequence[int]]
 """Hash profile name -> the prompt's block keys under it."""
 
 _block_size = lru_cache(maxsize=1024)(lambda name: HashProfile.parse(name).block_size)

@@ -7,6 +7,7 @@ learnt, for the forwarder, the log, the observers and `/debug/route` alike.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,6 +91,10 @@ class Chooses(Protocol):
         cause: str | None = None,
     ) -> Choice | None:
         """As `Chooser.choose`."""
+        ...
+
+    def prepare(self, views: Sequence[EngineView], loads: Mapping[EngineId, Load], now: float) -> None:
+        """As `Chooser.prepare`."""
         ...
 
 
@@ -263,8 +268,15 @@ class _Inquiry:
         if not keys:
             raise UnknownProfile("unknown-profile")
         with learnt.stage("match"):
+            _meanwhile(lambda: decider.chooser.prepare(self._views, decider.index.loads(), decider.clock()))
             learnt.answer = await decider.index.match(self._model, keys, estimate=estimate)
         return learnt.answer
+
+
+def _meanwhile(work: Callable[[], None]) -> None:
+    """Done while what is awaited next is under way: it is sent in the turn of the loop before."""
+    loop = asyncio.get_running_loop()
+    loop.call_soon(loop.call_soon, work)
 
 
 class UnknownProfile(LookupError):

@@ -28,7 +28,14 @@ from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.observations import Observation
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.proto.kvatlas.v1 import index_pb2_grpc as rpc
-from kvatlas_common.wire import engine_load, engine_view, match_answer, match_request, observation_message
+from kvatlas_common.wire import (
+    engine_load,
+    engine_view,
+    match_answer,
+    match_request,
+    observation_message,
+    unpacked_match_answer,
+)
 from kvatlas_common.words import EngineId
 from kvatlas_router.adapters import background
 from kvatlas_router.adapters.match_stream import MatchStream, Refused
@@ -108,10 +115,9 @@ class Shard:
     async def match(self, request: pb.MatchRequest, timeout_s: float) -> MatchAnswer:
         try:
             if self._stream.up:
-                response = await self._stream.match(request, timeout_s)
+                answer = unpacked_match_answer(await self._stream.match(request, timeout_s))
             else:
-                response = await self._stub.Match(request, timeout=timeout_s)
-            answer = match_answer(response)
+                answer = match_answer(await self._stub.Match(request, timeout=timeout_s))
         except Refused as refused:
             raise self._failure(refused.code, refused.details) from None
         except grpc.aio.AioRpcError as error:

@@ -189,6 +189,9 @@ class TracedChooser:
                 stage.set_attributes(_reason(choice) | _term(choice.terms[0], choice))
             return choice
 
+    def prepare(self, views: Sequence[EngineView], loads: Mapping[EngineId, Load], now: float) -> None:
+        self.inner.prepare(views, loads, now)
+
 
 def traced_decider(decider: Decider, tracer: Tracer) -> Decider:
     return replace(

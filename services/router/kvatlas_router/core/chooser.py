@@ -9,44 +9,31 @@ nobody holds yet land together). How engines fail and come back is told to `outl
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
 
 from kvatlas_common.fleet import EngineView, Load
-from kvatlas_common.history import ESTIMATE_PROFILE, RoutingHistory
+from kvatlas_common.history import RoutingHistory
 from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.words import EngineId
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.books import Books, Occupancy, Ticket
-from kvatlas_router.core.choice import Candidate, Choice, EngineState, Term
-from kvatlas_router.core.cost import WEIGHTS, Ahead, Bound, Quote, Weights
+from kvatlas_router.core.candidates import EngineState
+from kvatlas_router.core.choice import Choice, Term
+from kvatlas_router.core.cost import WEIGHTS, Ahead, Quote, Weights
 from kvatlas_router.core.foreign import ForeignTraffic
+from kvatlas_router.core.lineup import Lineup
 from kvatlas_router.core.outliers import Outliers
 from kvatlas_router.core.policies import Needs, Policy, Situation
 from kvatlas_router.core.prompt import ESTIMATE
 from kvatlas_router.core.rates import Rates, Served
 from kvatlas_router.core.slow_start import SlowStart
+from kvatlas_router.core.told import Told
 
 BURST_S = 10.0
 """How long a prompt counts as held after it was sent, or its first token came, if no event says so."""
 BURST_BLOCKS_MAX = 16_384  # per engine
 PROGRESS_MAX = 0.95
 """Of a prompt that is late: what it has still to go is not nothing."""
-STATE_S = 0.05
-"""How long an engine's state is used, if nothing happens there but that it computes on."""
 BUSY_LEARNING = 0.03
-NO_LOAD = Load()
-_BLOCK_OF_GUESSES = ESTIMATE_PROFILE.block_size
-
-
-_new_tuple = tuple.__new__
-
-
-class _Kept(NamedTuple):
-    """A state that was made, with what load, and until when it is used."""
-
-    state: EngineState
-    load: Load
-    until: float
 
 
 class Chooser:
@@ -68,7 +55,7 @@ class Chooser:
         self._chance = chance
         self._foreign = ForeignTraffic()
         self._lately = RoutingHistory(lifetime_s=BURST_S, blocks_max=BURST_BLOCKS_MAX)
-        self._states: dict[EngineId, _Kept] = {}
+        self._lineup = Lineup(self._state)
         self._prompt_tokens = 1000.0  # mean length of prompts
         self._busy = 0.0  # mean share of engines that are computing prompts
 
@@ -84,37 +71,21 @@ class Chooser:
         cause: str | None = None,
     ) -> Choice | None:
         """None: the policy has no answer. `answer`: None where the policy needs none. Raises `NoEngine`."""
-        states = self._states_of(views, loads, now)
-        candidates = self._candidates(states, ask, answer, now, guessed=policy.needs is Needs.HISTORY)
-        return policy.choose(Situation(ask, candidates, cause, self._chance))
+        line = self._lineup.of(views, loads, now)
+        self._busy += (line.busy - self._busy) * BUSY_LEARNING
+        lately = self._sent_lately(ask, now) if answer is not None else {}
+        told = Told(ask, answer, lately, guessed=policy.needs is Needs.HISTORY)
+        return policy.choose(Situation(ask, told.candidates(line), cause, self._chance))
 
-    def _candidates(
-        self, states: Sequence[EngineState], ask: Ask, answer: MatchAnswer | None, now: float, *, guessed: bool
-    ) -> list[Candidate]:
-        """`guessed`: that nothing is said of an engine is not to say that it holds nothing."""
-        lately = self._expected(ask, now) if answer is not None else {}
-        matches = {m.engine: m for m in answer.matches} if answer else {}
-        unknown = frozenset(answer.unknown) if answer else frozenset()
-        bound, keys, size_of_guesses = Bound.of([state.in_flight for state in states]), ask.keys, _BLOCK_OF_GUESSES
-        candidates: list[Candidate] = []
-        add, match_of = candidates.append, matches.get
-        for state in states:
-            view, in_flight = state.view, state.in_flight
-            engine, own = view.id, view.profile in keys
-            match, expected = match_of(engine), 0
-            if lately:
-                expected = lately.get(engine, 0)
-            if match is not None and match.expected > expected:
-                expected = match.expected
-            if guessed or answer is None:
-                known = match is not None
-            else:  # it was asked about with its own profile
-                known = engine not in unknown if own else view.known_empty
-            size = (view.block_size or size_of_guesses) if own else size_of_guesses
-            crowding = bound.crowding(in_flight) if in_flight > bound.requests else 0.0
-            # Half of the time of the constructor, for every engine of every choice.
-            add(_new_tuple(Candidate, (state, match, known, size, expected, crowding)))
-        return candidates
+    def prepare(self, views: Sequence[EngineView], loads: Mapping[EngineId, Load], now: float) -> None:
+        """For a choice soon to come: half of its work, and most where the last was long ago, is the engines' states."""
+        self._lineup.of(views, loads, now)
+
+    def _sent_lately(self, ask: Ask, now: float) -> Mapping[EngineId, int]:
+        found: dict[EngineId, int] = {}
+        for keys in ask.keys.values():
+            found.update(self._lately.leading(keys, now))
+        return found
 
     def send(self, term: Term, ask: Ask, now: float) -> Ticket:
         """The request goes to the engine of this term."""
@@ -126,7 +97,7 @@ class Chooser:
         transferred = term.transferred
 
         def ended(ticket: Ticket) -> None:
-            self._states.pop(engine, None)
+            self._lineup.changed(engine)
             if ticket.first_token_s is None or ticket.ended_at is None:
                 return
             computed = term.to_compute
@@ -146,7 +117,7 @@ class Chooser:
                 )
             )
 
-        self._states.pop(engine, None)
+        self._lineup.changed(engine)
         return self.books.enter(
             engine,
             term.to_compute,
@@ -161,28 +132,9 @@ class Chooser:
         self.books.keep_only(engines)
         self.rates.keep_only(engines)
         self._foreign.keep_only(engines)
-        self._states.clear()
+        self._lineup.clear()
 
-    def _states_of(self, views: Sequence[EngineView], loads: Mapping[EngineId, Load], now: float) -> list[EngineState]:
-        """Each made anew every few milliseconds, and when a request of ours has gone there or been answered, or another
-        load is told.
-        """
-        states, kept_states, busy = [], self._states, 0
-        for view in views:
-            engine = view.id
-            load = loads.get(engine, NO_LOAD)
-            kept = kept_states.get(engine)
-            if kept is not None and kept.until > now and kept.load is load and kept.state.view is view:
-                state = kept.state
-            else:
-                state = self._state_now(view, load, now)
-                kept_states[engine] = _Kept(state, load, now + STATE_S)
-            busy += state.ahead.pending > 0
-            states.append(state)
-        self._busy += (busy / max(len(states), 1) - self._busy) * BUSY_LEARNING
-        return states
-
-    def _state_now(self, view: EngineView, load: Load, now: float) -> EngineState:
+    def _state(self, view: EngineView, load: Load, now: float) -> EngineState:
         speed = self.rates.of(view.id)
         ours, others = self.books.of(view.id, now), load.others
         pending, decoding = ours.pending + others.prefilling, ours.decoding + others.decoding
@@ -195,20 +147,9 @@ class Chooser:
             load.kv_usage,
             view.kv_tokens or 0,
         )
-        return EngineState.of(
-            view,
-            ahead,
-            Quote(speed, ahead, self.rates.answer_tokens, self._weights, self._busy),
-            last_used=ours.last_used,
-            share=self._slow_start.share(view.id, now),
-            trust=self.outliers.trust(view.id, now),
-        )
-
-    def _expected(self, ask: Ask, now: float) -> Mapping[EngineId, int]:
-        found: dict[EngineId, int] = {}
-        for keys in ask.keys.values():
-            found.update(self._lately.leading(keys, now))
-        return found
+        share = self._slow_start.share(view.id, now)
+        quote = Quote(speed, ahead, self.rates.answer_tokens, self._weights, self._busy, share=share)
+        return EngineState.of(view, ahead, quote, ours.last_used, self.outliers.trust(view.id, now))
 
 
 def _still_to_compute(ours: Occupancy, load: Load, token_s: float, now: float) -> int:

@@ -21,9 +21,12 @@ cached counts for less, and from half as much again for nothing (after consisten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from struct import Struct
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from kvatlas_common.words import Medium
 from kvatlas_router.core.rates import CHUNK_TOKENS, Speed
@@ -48,6 +51,7 @@ class Weights:
 
 WEIGHTS = Weights()
 
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 Transferred = Sequence[tuple[Medium, int]]
 """Cached tokens by the slower medium they are on."""
 
@@ -97,15 +101,19 @@ class Ahead(NamedTuple):
 NOTHING = Ahead()
 
 
+_FIGURES = Struct("10d")
+
+
 class Quote:
     """What any request would cost on an engine as it stands: all that does not depend on the request, worked out once.
 
     But for the room in the KV cache, a cost is a straight line over the tokens to compute. `answer_tokens`: how long
-    answers are, on average. `busy`: the share of the fleet's engines that are computing prompts, 0..1.
+    answers are, on average. `busy`: the share of the fleet's engines that are computing prompts, 0..1. `share`: what
+    the engine takes of its part of the load. `figures`: all this as numbers, see `Figures`.
     """
 
-    __slots__ = ("_answer_s", "_crowd_s", "_flat_s", "_full", "_kv_tokens", "_own_others", "_queue_s", "_slope_s",
-                 "_speed", "_squeeze_s", "_step_s")  # fmt: skip
+    __slots__ = ("_answer_s", "_crowd_s", "_full", "_kv_tokens", "_own_others", "_queue_s", "_speed", "_squeeze_s",
+                 "_step_s", "_voided_s", "figures", "share")  # fmt: skip
 
     def __init__(
         self,
@@ -114,33 +122,35 @@ class Quote:
         answer_tokens: float = 0.0,
         weights: Weights = WEIGHTS,
         busy: float = 0.0,
+        *,
+        share: float = 1.0,
     ) -> None:
-        decoding = ahead.decoding
+        queued, pending, decoding, late_s, kv_usage, kv_tokens = ahead
+        in_flight, busy, token_s = pending + decoding, min(busy, BUSY_MAX), speed.token_s
+        self.share = share
         self._speed = speed
-        self._step_s = speed.step_s + decoding * speed.decode_s
-        self._queue_s = ahead.late_s + speed.prefill_s(ahead.queued_tokens, decoding)
-        self._answer_s = answer_tokens * self._step_s
-        busy = min(busy, BUSY_MAX)
-        self._own_others = weights.decoder * decoding + weights.space + weights.congestion * busy / (1 - busy)
-        self._crowd_s = weights.crowd * answer_tokens * speed.decode_s * 2 * ahead.in_flight
-        self._squeeze_s = weights.squeeze_s
-        self._kv_tokens = ahead.kv_tokens
-        wanted = ahead.queued_tokens + (ahead.pending + 1) * answer_tokens / 2
-        self._full = ahead.kv_usage + wanted / ahead.kv_tokens if ahead.kv_tokens else 0.0
-        self._flat_s = self._queue_s + speed.overhead_s + self._step_s / 2 + self._crowd_s
-        self._slope_s = speed.token_s * (1 + self._own_others) + self._step_s / CHUNK_TOKENS
-
-    def total_ms(self, to_compute: int, transferred: Transferred = (), voided: float = 0.0) -> float:
-        """`cost(...).total_ms`, in half the time."""
-        total_s = self._flat_s + self._slope_s * to_compute
-        if self._kv_tokens:
-            full = self._full + to_compute / self._kv_tokens
-            total_s += self._squeeze_s * full / (1 - full) if full <= FULL else sum(self._room(to_compute))
-        if transferred:
-            total_s += self._moved_s(transferred)
-        if voided:
-            total_s += voided * self._speed.token_s * (1 + self._own_others)
-        return 1000 * total_s
+        self._step_s = step_s = speed.step_s + decoding * speed.decode_s
+        self._queue_s = queue_s = late_s + speed.prefill_s(queued, decoding)
+        self._answer_s = answer_s = answer_tokens * step_s
+        self._own_others = others = weights.decoder * decoding + weights.space + weights.congestion * busy / (1 - busy)
+        self._voided_s = voided_s = token_s * (1 + others)
+        self._crowd_s = crowd_s = weights.crowd * answer_tokens * speed.decode_s * 2 * in_flight
+        self._squeeze_s = squeeze_s = weights.squeeze_s
+        self._kv_tokens = kv_tokens
+        wanted = queued + (pending + 1) * answer_tokens / 2
+        self._full = full = kv_usage + wanted / kv_tokens if kv_tokens else 0.0
+        self.figures = _FIGURES.pack(
+            queue_s + speed.overhead_s + step_s / 2 + crowd_s,
+            voided_s + step_s / CHUNK_TOKENS,
+            full,
+            1 / kv_tokens if kv_tokens else 0.0,
+            answer_s,
+            squeeze_s,
+            voided_s,
+            1000 / share,
+            in_flight,
+            pending > 0,
+        )
 
     def cost(self, to_compute: int, transferred: Transferred = (), voided: float = 0.0) -> Cost:
         """Of a request that would have so many tokens computed, and so many brought from slower media.
@@ -149,13 +159,12 @@ class Quote:
         """
         wait_s, squeeze_s = self._room(to_compute) if self._kv_tokens else (0.0, 0.0)
         own_s = to_compute * self._speed.token_s
-        voided_s = voided * self._speed.token_s * (1 + self._own_others)
         return Cost(
             queue_ms=1000 * (self._queue_s + wait_s),
             compute_ms=1000 * (own_s + self._speed.overhead_s),
-            transfer_ms=1000 * self._moved_s(transferred),
+            transfer_ms=1000 * self.moved_s(transferred),
             decode_ms=1000 * self._step_s * (0.5 + to_compute / CHUNK_TOKENS),
-            others_ms=1000 * (self._crowd_s + self._own_others * own_s + squeeze_s + voided_s),
+            others_ms=1000 * (self._crowd_s + self._own_others * own_s + squeeze_s + voided * self._voided_s),
         )
 
     def _room(self, to_compute: int) -> tuple[float, float]:
@@ -166,8 +175,39 @@ class Quote:
         # All that is in use becomes free within the time an answer takes.
         return (full - FULL) * self._answer_s, self._squeeze_s * FULL / (1 - FULL)
 
-    def _moved_s(self, transferred: Transferred) -> float:
+    def moved_s(self, transferred: Transferred) -> float:
         return sum(self._speed.transfer_s(medium) * tokens for medium, tokens in transferred)
+
+
+class Figures:
+    """Of the quotes of many engines at once, a row for each: every array has an element for each."""
+
+    def __init__(self, rows: Floats) -> None:
+        self._rows = rows
+
+    @classmethod
+    def of(cls, packed: Iterable[bytes]) -> Figures:
+        """`packed`: `Quote.figures` of each."""
+        return cls(np.frombuffer(b"".join(packed)).reshape(-1, _FIGURES.size // 8))
+
+    @property
+    def in_flight(self) -> Floats:
+        """Requests."""
+        return self._rows[:, 8]
+
+    @property
+    def busy(self) -> float:
+        """The share of the engines that are computing prompts."""
+        return float(self._rows[:, 9].sum()) / max(len(self._rows), 1)
+
+    def totals_ms(self, to_compute: Floats, voided: Floats, moved_s: Floats) -> Floats:
+        """`Quote.cost(...).total_ms` over the share."""
+        flat_s, slope_s, full, per_kv_token, answer_s, squeeze_s, voided_s, ms, _, _ = self._rows.T
+        full = full + per_kv_token * to_compute
+        used = np.minimum(full, FULL)
+        room_s = squeeze_s * used / (1 - used) + answer_s * (full - used)
+        totals: Floats = ms * (flat_s + slope_s * to_compute + room_s + voided_s * voided + moved_s)
+        return totals
 
 
 class Bound(NamedTuple):
@@ -177,11 +217,12 @@ class Bound(NamedTuple):
     void: float
 
     @classmethod
-    def of(cls, in_flight: Sequence[int]) -> Bound:
+    def of(cls, in_flight: Floats) -> Bound:
         """`in_flight`: of every engine of the fleet."""
-        mean = sum(in_flight) / max(len(in_flight), 1) + BOUND_SLACK
+        mean = float(in_flight.sum()) / max(len(in_flight), 1) + BOUND_SLACK
         return cls(mean * BOUND, mean * VOID)
 
-    def crowding(self, in_flight: int) -> float:
-        """By how much an engine is over it: 0 up to it, 1 where no prefix counts."""
-        return max(in_flight - self.requests, 0.0) / self.void
+    def crowding(self, in_flight: Floats) -> Floats:
+        """By how much each engine is over it: 0 up to it, 1 where no prefix counts."""
+        crowding: Floats = np.maximum(in_flight - self.requests, 0.0) / self.void
+        return crowding

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
 from kvatlas_router.core.ask import Ask
-from kvatlas_router.core.choice import Candidate, Choice, Reason, Standing, Strategy, ordered
+from kvatlas_router.core.candidates import Candidates
+from kvatlas_router.core.choice import Choice, Reason, Strategy, ordered
 
 
 class Needs(StrEnum):
@@ -26,15 +27,14 @@ class Situation:
     """
 
     ask: Ask
-    candidates: Sequence[Candidate]
+    candidates: Candidates
     cause: str | None
     chance: Callable[[], float]
 
     def up(self) -> Situation:
         """Without the engines that are down."""
-        if Standing.DOWN not in [c.state.standing for c in self.candidates]:
-            return self
-        return replace(self, candidates=[c for c in self.candidates if c.state.standing is not Standing.DOWN])
+        up = self.candidates.up()
+        return self if up is self.candidates else replace(self, candidates=up)
 
     def ordered(self, strategy: Strategy, ranks: Iterable[object]) -> Choice:
         """`ranks`: one per candidate, the lowest first. Raises `NoEngine`."""

@@ -41,14 +41,13 @@ class Estimate:
 
 
 def _by_cost(situation: Situation, strategy: Strategy, temperature_ms: float) -> Choice:
-    tokens = situation.ask.prompt_tokens
     situation = situation.up()
-    costs = [candidate.cost_ms(tokens) for candidate in situation.candidates]
+    costs = situation.candidates.costs_ms(situation.ask.prompt_tokens)
     if temperature_ms <= 0:
-        steps = 1 / max(min(costs, default=0.0) * ALIKE, 1.0)
-        return situation.ordered(strategy, [int(cost * steps + 0.5) for cost in costs])
+        steps = 1 / max(costs.min(initial=math.inf) * ALIKE, 1.0)
+        return situation.ordered(strategy, (costs * steps + 0.5).astype(int).tolist())
     # The Gumbel trick: the smallest of costs so shifted is a draw from their softmax.
-    return situation.ordered(strategy, [cost + temperature_ms * _gumbel(situation.chance()) for cost in costs])
+    return situation.ordered(strategy, [cost + temperature_ms * _gumbel(situation.chance()) for cost in costs.tolist()])
 
 
 def _gumbel(drawn: float) -> float:

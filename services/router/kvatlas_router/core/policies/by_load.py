@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvatlas_router.core.choice import Candidate, Choice, Strategy
+from kvatlas_router.core.candidates import Candidate
+from kvatlas_router.core.choice import Choice, Strategy
 from kvatlas_router.core.policies.base import Needs, Situation
 
 
