@@ -272,7 +272,7 @@ class Engine:
                 self._store(event, now)
             else:
                 self._remove(event)
-        self.counts["event-removed"] += sum(type(event) is BlockRemoved for event in events)
+        self.counts["event-removed"] += [*map(type, events)].count(BlockRemoved)
 
     def _learn_groups(self, batch: EventBatch) -> None:
         """The kind of a group comes with its stores; those of offload tiers may leave it out."""
