@@ -58,7 +58,8 @@ class RoutingHistory:
         if len(keys) == 0:
             return {}
         now = self._latest = max(now, self._latest)
-        horizon, first, begun = now - self._lifetime_s, int(keys[0]), list[tuple[EngineId, _Run]]()
+        horizon, first = now - self._lifetime_s, int(keys[0])
+        begun: list[tuple[EngineId, _Run]] = []
         for engine, sent in list(self._begun.get(first, {}).items()):
             if sent.oldest < horizon:
                 sent.expire(horizon)
@@ -109,7 +110,8 @@ class _Sent:
         )  # sent the longest ago first, and tails before what they follow
 
     def touch(self, keys: Sequence[int], now: float) -> None:
-        path, run, at = list[_Run](), self.root, 0
+        path: list[_Run] = []
+        run, at = self.root, 0
         while at < len(keys):
             following = run.next.get(keys[at])
             if following is None:

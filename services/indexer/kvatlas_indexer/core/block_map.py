@@ -185,7 +185,8 @@ class BlockMap:
 
     def _change(self, number: int, place: int, keys: Sequence[int], to: Callable[[int], int]) -> Changed:
         """Of blocks in a row in one run, none of them dead."""
-        run, died = self._run(number), list[int]()
+        run = self._run(number)
+        died: list[int] = []
         end = place + len(keys)
         before = run.holders[place:end]
         if before.count(before[0]) == len(before):

@@ -23,17 +23,17 @@ from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer, PromptKeys
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.claims import Claims, refused
 from kvatlas_indexer.core.commands import Command, Replay, Rules, StopReplay
-from kvatlas_indexer.core.contracts import UnknownModel
 from kvatlas_indexer.core.durations import Durations
 from kvatlas_indexer.core.effects import CancelReplay, Message, ReplayEnd, RequestReplay
 from kvatlas_indexer.core.engine import Engine, Network
 from kvatlas_indexer.core.known import Known
 from kvatlas_indexer.core.match import Plan
 from kvatlas_indexer.core.naming import Naming
-from kvatlas_indexer.core.plans import ModelPlan, Plans, matters
+from kvatlas_indexer.core.plans import ModelPlan, Plans
 from kvatlas_indexer.core.reading import Reading, read
 from kvatlas_indexer.core.residency import Residency
 from kvatlas_indexer.core.stream import Stream
+from kvatlas_indexer.core.views import Views
 
 __all__ = ["Command", "KvIndex", "Replay", "Rules", "StopReplay"]
 
@@ -62,11 +62,8 @@ class KvIndex:
         self._ranks: dict[str, dict[int, Known]] = {}  # the same by address and rank
         self._specs: dict[str, EngineSpec] = {}
         self._claims = Claims(lease_s=self.rules.engine_lease_s)
-        self._views: dict[EngineId, EngineView] = {}
+        self._views = Views(self._view)
         self._heard: dict[EngineId, Known] = {}  # engines whose messages may have changed what their view shows
-        self._stale: set[EngineId] = set()  # engines whose view is to be made anew
-        self._fleet: Fleet | None = Fleet()
-        self._matching_version = 0  # rises when a view changes in what matching rests on
         self._verified: list[HashProfile] | None = None
         self._plans = Plans()
 
@@ -114,7 +111,7 @@ class KvIndex:
         known.alive_at = now
         if known.down_since is not None and (known.facts is None or known.facts.health is not Health.DOWN):
             known.down_since, known.forgotten = None, False  # it was merely silent
-            self._stale.add(engine)
+            self._views.changed(engine)
         return known
 
     def on_connection(self, engine: EngineId, up: bool, now: float) -> list[Command]:
@@ -175,7 +172,7 @@ class KvIndex:
         engine.stream.can_replay = spec is not None and spec.replay_endpoint(known.id.rank) is not None
         if spec is None or spec.events is None:
             engine.connected = True  # as far as can be told of one that connects to us
-        self._stale.add(known.id)
+        self._views.changed(known.id)
         return self._commands(known, engine.on_attached(now))
 
     def on_facts(self, facts: EngineFacts, now: float) -> list[Command]:
@@ -190,7 +187,7 @@ class KvIndex:
         before, known.facts = known.facts, facts
         if before and before.process_start_s is not None and before.process_start_s != facts.process_start_s:
             self._on_emptied(known.id)  # one that publishes no events says it only here
-        self._stale.add(known.id)
+        self._views.changed(known.id)
         network: list[Network] = []
         if facts.health is Health.READY:
             known.alive_at = now
@@ -210,7 +207,7 @@ class KvIndex:
             commands += self._commands(known, known.engine.on_tick(now))
             if known.down_since is None and now - known.alive_at > self.rules.engine_lease_s and not known.ready:
                 known.down_since = now
-                self._stale.add(known.id)
+                self._views.changed(known.id)
             if known.down_since is not None and now - known.down_since > self.rules.forget_after_s:
                 commands += self._forget(known)
         return commands
@@ -222,7 +219,7 @@ class KvIndex:
         if engine in self._known or (known := self._add(engine, now)) is None:
             return
         set_up(known)
-        self._stale.add(engine)
+        self._views.changed(engine)
 
     def on_taken(self, engine: EngineId, now: float) -> list[Command]:
         """It has been set up in full: what it published since its last owner stood there is asked for."""
@@ -268,21 +265,19 @@ class KvIndex:
 
     def holders(self, model: str, key: int) -> tuple[Holder, ...]:
         """Raises `UnknownModel`."""
-        self._freshen()
-        serving = {view.id for view in self._serving(model)}
+        self._settle()
+        serving = {view.id for view in self._views.serving(model)}
         return tuple(holder for holder in self.residency.holders(key) if holder.engine in serving)
 
     def fleet(self) -> Fleet:
-        self._freshen()
-        if self._fleet is None:
-            self._fleet = Fleet.of(self._views.values())
-        return self._fleet
+        self._settle()
+        return self._views.fleet()
 
     @property
     def fleet_is_stale(self) -> bool:
         """Whether `fleet()` may differ from what it last was."""
         self._settle()
-        return bool(self._stale) or self._fleet is None
+        return self._views.stale
 
     def engine(self, engine: EngineId) -> Engine | None:
         known = self._known.get(engine)
@@ -291,17 +286,12 @@ class KvIndex:
     def engines(self) -> tuple[Engine, ...]:
         return tuple(known.engine for known in self._known.values())
 
-    def _serving(self, model: str) -> list[EngineView]:
-        named = [view for view in self._views.values() if view.serves(model)]
-        if not named:
-            raise UnknownModel(model)
-        return [view for view in named if view.health is not Health.DOWN]
-
     def _plan(self, model: str) -> ModelPlan:
-        self._freshen()
-        if (plan := self._plans.get(model, (self.residency.version, self._matching_version))) is not None:
+        self._settle()
+        self._views.freshen()
+        if (plan := self._plans.get(model, (self.residency.version, self._views.version))) is not None:
             return plan
-        serving = self._serving(model)
+        serving = self._views.serving(model)
         return self._plans.keep(model, ModelPlan.of((self._known[view.id], view) for view in serving))
 
     # -- within --------------------------------------------------------------------------------------------------------
@@ -318,7 +308,7 @@ class KvIndex:
         if known.facts is None and 0 in ranks:
             known.facts = ranks[0].facts
         self._known[known.id] = ranks[known.id.rank] = known
-        self._stale.add(known.id)
+        self._views.changed(known.id)
         return known
 
     def _new_engine(self, engine: EngineId) -> Engine:
@@ -348,7 +338,7 @@ class KvIndex:
         del ranks[known.id.rank]
         if not ranks:
             del self._ranks[known.id.address]
-        self._stale.add(known.id)
+        self._views.changed(known.id)
         self._verified = None
         return commands
 
@@ -402,24 +392,14 @@ class KvIndex:
         status = known.status_now()
         if status != known.status:
             known.status, self._verified = status, None
-            self._matching_version += 1
-            self._stale.add(known.id)
+            self._views.version += 1
+            self._views.changed(known.id)
 
     def _refuse(self, reason: str, engine: EngineId | None, why: str | Finding) -> list[Command]:
         self.refused[reason] += 1
         self._on_finding(engine, why if isinstance(why, Finding) else refused(reason, why))
         return []
 
-    def _freshen(self) -> None:
-        """The views as they are now. What does not matter to matching leaves the plans as they are."""
-        self._settle()
-        for engine in self._stale:
-            known, before = self._known.get(engine), self._views.pop(engine, None)
-            after = known.view(self.rules.expected) if known else None
-            if after is not None:
-                self._views[engine] = after
-            if after != before:
-                self._fleet = None
-            if matters(before) != matters(after):
-                self._matching_version += 1
-        self._stale.clear()
+    def _view(self, engine: EngineId) -> EngineView | None:
+        known = self._known.get(engine)
+        return known.view(self.rules.expected) if known else None

@@ -150,7 +150,8 @@ class Plan:
 
     def matched(self, fall_outs: Iterable[tuple[int, int]]) -> list[EngineMatch]:
         """`fall_outs`: after how many leading blocks which engines' bits are missing."""
-        found, simple = list[EngineMatch](), self._simple
+        found: list[EngineMatch] = []  # `list[...]()` would take a microsecond
+        simple = self._simple
         for depth, fallen in fall_outs:
             bits = fallen if depth else 0
             while bits:

@@ -176,7 +176,8 @@ class Residency:
 
         The same as an AND over `leading_masks`, in one pass: the lookup of a whole fleet is this loop.
         """
-        found, alive, same, depth = list[tuple[int, int]](), bits, -1, 0
+        found: list[tuple[int, int]] = []
+        alive, same, depth = bits, -1, 0
         for stretch in self._blocks.stretches(keys):
             for holders in stretch:
                 if holders is not same:  # of the same value or not: blocks in a row mostly share one integer
