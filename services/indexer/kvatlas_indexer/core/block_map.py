@@ -16,6 +16,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
+import msgspec
 import numpy as np
 
 from kvatlas_common.matching import PromptKeys
@@ -34,15 +35,19 @@ _SAME_MAX = 4096
 _NOBODY: Final = [0]
 
 
-class _Run:
-    """`live`: places that are not dead. No key is there twice."""
+class _Run(msgspec.Struct, gc=False):
+    """`live`: places that are not dead. No key is there twice.
 
-    __slots__ = ("holders", "live", "packed")
+    A struct with a tuple, of which the garbage collector knows nothing: it would look at millions of blocks.
+    """
 
-    def __init__(self) -> None:
-        self.packed = bytearray()
-        self.holders: list[int] = []
-        self.live = 0
+    packed: bytearray
+    holders: tuple[int, ...] = ()
+    live: int = 0
+
+    def put(self, place: int, holders: tuple[int, ...]) -> None:
+        """From `place` on."""
+        self.holders = self.holders[:place] + holders + self.holders[place + len(holders) :]
 
     def place(self, key: bytes) -> int:
         """Of a key that leads here."""
@@ -171,7 +176,8 @@ class BlockMap:
         run = self._run(number)
         place = run.place(key.to_bytes(_KEY, sys.byteorder))
         before = run.holders[place]
-        after = run.holders[place] = self._one(to(before))
+        after = self._one(to(before))
+        run.put(place, (after,))
         if not after:
             del self._parts[key & _PART][key]
             self._bury(number, run, 1)
@@ -197,7 +203,7 @@ class BlockMap:
                 several.setdefault(holders, []).append(key)
             found = {**several}
         after = {holders: self._one(to(holders)) for holders in found}
-        run.holders[place:end] = [after[holders] for holders in before]
+        run.put(place, tuple([after[holders] for holders in before]))
         for holders, some in found.items():
             if not after[holders]:
                 died += some
@@ -229,7 +235,7 @@ class BlockMap:
             part[key] = number
             end += 1
         run.packed += packed[at * _KEY : end * _KEY]
-        run.holders += [holders] * (end - at)
+        run.holders += (holders,) * (end - at)
         run.live += end - at
         return end - at, (number, len(run.holders))
 
@@ -242,7 +248,7 @@ class BlockMap:
         if run.packed[place * _KEY : place * _KEY + _KEY] != packed:
             return None
         self._parts[key & _PART][key] = number
-        run.holders[place] = holders
+        run.put(place, (holders,))
         run.live += 1
         return number, place + 1
 
@@ -254,10 +260,10 @@ class BlockMap:
                 return behind[0]
         if self._free:
             number = self._free.pop()
-            self._runs[number] = _Run()
+            self._runs[number] = _Run(bytearray())
         else:
             number = len(self._runs)
-            self._runs.append(_Run())
+            self._runs.append(_Run(bytearray()))
         return number
 
     def _bury(self, number: int, run: _Run, died: int) -> None:
@@ -269,7 +275,9 @@ class BlockMap:
         last = len(run.holders)
         while not run.holders[last - 1]:
             last -= 1
-        del run.holders[last:], run.packed[last * _KEY :]
+        if last < len(run.holders):
+            run.holders = run.holders[:last]
+            del run.packed[last * _KEY :]
 
     def _run(self, number: int) -> _Run:
         run = self._runs[number]
@@ -313,12 +321,12 @@ class BlockMap:
         if not any(holders & dead for holders in run.holders):
             return
         keys = array("Q", run.packed)
-        for place, holders in enumerate(run.holders):
-            if holders & dead:
-                left = run.holders[place] = self._one(holders & ~dead)
-                if not left:
-                    del self._parts[keys[place] & _PART][keys[place]]
-                    died += 1
+        left = tuple([self._one(holders & ~dead) for holders in run.holders])
+        for key, before, after in zip(keys, run.holders, left, strict=True):
+            if before and not after:
+                del self._parts[key & _PART][key]
+                died += 1
+        run.holders = left
         if died:
             self._bury(number, run, died)
 
