@@ -1,8 +1,8 @@
 """An answer on its way to the client, from its first byte on: as it comes, byte for byte, and to a proper end.
 
 What an engine sends goes to the client from within the callback that received it, as long as the client's connection
-takes it: such a `send` is over at once, and the task that waits for the end of the answer is not woken. When `send`
-would wait, nothing more is read from the engine, and the task goes on with it.
+takes it: it is written, or sent and over at once, and the task that waits for the end of the answer is not woken. When
+`send` would wait, nothing more is read from the engine, and the task goes on with it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class PassOn:
         self.tail.feed(data)
         self.told.bytes_out += len(data)
         passed = data if self._dropper is None else self._dropper.feed(data)
-        if passed:
+        if passed and not self.job.request.write(passed):
             sending = Begun(self.send({"type": "http.response.body", "body": passed, "more_body": True}))
             if not sending.over:
                 self._waiting = sending
