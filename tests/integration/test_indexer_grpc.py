@@ -299,6 +299,16 @@ async def test_observations_are_handed_on_and_the_odd_one_skipped(running: Runni
     assert (running.server.observed.received, running.server.observed.refused) == (5, 2)
 
 
+async def test_several_observations_in_one_message_are_read_in_their_order(running: Running) -> None:
+    observations: list[Observation] = [FirstToken(f"r-{n}", FIRST, "m", 0.25) for n in range(5)]
+    one, two, *others = map(wire.observation_message, observations)
+    two.also.extend(others)
+    call = running.stub.Observe(iter([one, two]))
+    assert ("kvatlas-reports", "many") in map(tuple, await call.initial_metadata())
+    assert (await call).received == 5
+    assert running.heard.observations == observations
+
+
 @pytest.mark.parametrize("service", ["", SERVICE])
 async def test_health_tells_of_the_drain(running: Running, service: str) -> None:
     watch = health_pb2_grpc.HealthStub(running.channel).Watch(health_pb2.HealthCheckRequest(service=service))

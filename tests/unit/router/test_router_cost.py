@@ -69,13 +69,6 @@ def test_the_costs_of_all_engines_at_once_are_the_sums_of_the_costs_of_each(flee
         assert min(cost) >= 0
 
 
-@given(st.lists(aheads, min_size=1, max_size=9))
-def test_figures_know_what_is_in_flight_and_who_computes(fleet: list[Ahead]) -> None:
-    figures = Figures.of(Quote(PRIOR, ahead).figures for ahead in fleet)
-    assert figures.in_flight.tolist() == [ahead.in_flight for ahead in fleet]
-    assert figures.busy == pytest.approx(sum(ahead.pending > 0 for ahead in fleet) / len(fleet))
-
-
 @given(aheads, st.integers(0, 50_000), st.integers(1, 50_000))
 def test_more_to_compute_never_costs_less(ahead: Ahead, tokens: int, more: int) -> None:
     quote = Quote(PRIOR, ahead, 300.0)

@@ -48,7 +48,7 @@ def test_what_all_hold_is_what_each_holds(
     each = Candidates.of([told.candidate(state, 0.0) for state in states])
     cached_tokens, moved_s = told.held(Line.of(states))
     assert cached_tokens.tolist() == [candidate.cached_tokens for candidate in each]
-    assert moved_s.tolist() == [candidate.moved_s for candidate in each]
+    assert (np.zeros(len(fleet)) if moved_s is None else moved_s).tolist() == [c.moved_s for c in each]
 
 
 def test_unknown_is_not_empty() -> None:

@@ -45,6 +45,7 @@ TOO_LATE = "ExecuteBatchError"  # who asked had given up when the answer was rea
 T = TypeVar("T")
 Context = grpc.aio.ServicerContext[object, object]
 ROUTER_METADATA = "kvatlas-router"
+READS_MANY = ("kvatlas-reports", "many")
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,18 +199,31 @@ class _KvIndex(pb_grpc.KvIndexServicer):
         await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
 
     async def Observe(self, requests: AsyncIterator[pb.Observation], context: Context) -> pb.ObserveSummary:
-        received, router = 0, _router(context)
+        router = _router(context)
+        await context.send_initial_metadata((READS_MANY,))
         self._reports.joined(router)
+        reading = asyncio.ensure_future(self._read(requests, router, context))
+        stopped = asyncio.ensure_future(self._draining.wait())
         try:
-            async with aclosing(_until(self._draining, aiter(requests))) as current:
-                async for message in current:
-                    received += 1
-                    self._take(message, router, context)
+            await asyncio.wait((reading, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if reading.done():
+                return pb.ObserveSummary(received=reading.result())
         finally:
+            reading.cancel()
+            stopped.cancel()
+            await asyncio.gather(reading, stopped, return_exceptions=True)  # nobody wants them any more
             self._reports.left(router)
-        if self._draining.is_set():
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
-        return pb.ObserveSummary(received=received)
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
+        raise AssertionError("an abort raises")
+
+    async def _read(self, requests: AsyncIterator[pb.Observation], router: str, context: Context) -> int:
+        """All there is to read; answers how many reports that were."""
+        received = 0
+        async for message in requests:
+            for report in (message, *message.also):
+                received += 1
+                self._take(report, router, context)
+        return received
 
     def _take(self, message: pb.Observation, router: str, context: Context) -> None:
         self._observed.received += 1

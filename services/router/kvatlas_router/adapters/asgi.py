@@ -10,11 +10,18 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from kvatlas_common.http11 import BODY_PIECES, Write
+
 Scope = dict[str, Any]
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Headers = Sequence[tuple[bytes, bytes]]
+
+
+def _cannot(piece: bytes) -> bool:
+    """A server without that extension."""
+    return False
 
 
 Result = TypeVar("Result")
@@ -78,6 +85,7 @@ class Request:
     route: str = ""  # the path without ids, for figures
     decided: bool = False  # an engine was chosen for it
     arrived: float = field(default_factory=time.perf_counter)  # its headers did
+    write: Write = _cannot  # a piece of the answer, at once
 
     @classmethod
     def of(cls, scope: Scope, new_id: Callable[[], str]) -> Request:
@@ -88,7 +96,9 @@ class Request:
         target = (raw_path + b"?" + query if query else raw_path).decode("latin-1")
         given = by_name.get(b"x-request-id", b"").decode("latin-1")
         usable = 0 < len(given) <= 256 and given.isascii() and given.isprintable()
-        return cls(scope["method"], scope["path"], target, headers, given if usable else new_id(), b"", by_name)
+        request = cls(scope["method"], scope["path"], target, headers, given if usable else new_id(), b"", by_name)
+        request.write = scope.get("extensions", {}).get(BODY_PIECES, _cannot)
+        return request
 
 
 async def read_body(request: Request, receive: Receive, limit: int, timeout_s: float) -> bytes:

@@ -12,6 +12,7 @@ A stream of reports begins with the requests in flight, so that a shard that com
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import time
@@ -41,15 +42,16 @@ from kvatlas_router.adapters import background
 from kvatlas_router.adapters.match_stream import MatchStream, Refused
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.adapters.open_requests import OpenRequests
+from kvatlas_router.adapters.outbox import Outbox
 from kvatlas_router.core.circuit import Circuit
 from kvatlas_router.core.loads import MergedLoads
 
 log = logging.getLogger(__name__)
 
 HEDGE_AFTER = 0.5  # of the deadline
-OBSERVATIONS_QUEUED_MAX = 4096  # per shard; the newest is dropped and counted when full
 OWN = "this router"  # among those who tell of loads
 ROUTER_METADATA = "kvatlas-router"
+READS_MANY = ("kvatlas-reports", "many")
 SHARDS_MAX = 64
 RESOLVE_EVERY_S = 10.0
 _RECONNECT_S = (0.1, 5.0)
@@ -98,12 +100,11 @@ class Shard:
         self.why_down = "no answer yet"
         self._router = router
         self._changed = changed
-        self._dropped = dropped
         self._loads = loads or MergedLoads()
         self._open_requests = open_requests or OpenRequests()
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS, interceptors=interceptors)
         self._stub: Any = rpc.KvIndexStub(self._channel)  # type: ignore[no-untyped-call]
-        self._outbox: asyncio.Queue[pb.Observation] = asyncio.Queue(OBSERVATIONS_QUEUED_MAX)
+        self._outbox = Outbox(dropped)
         self._tasks = [
             background.start(self._forever("fleet stream", self._watch), f"fleet stream of {address}"),
             background.start(self._forever("observations", self._report), f"observations to {address}"),
@@ -128,10 +129,7 @@ class Shard:
         return answer
 
     def report(self, message: pb.Observation) -> None:
-        try:
-            self._outbox.put_nowait(message)
-        except asyncio.QueueFull:
-            self._dropped()
+        self._outbox.put(message)
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -167,13 +165,23 @@ class Shard:
                 self._changed()
 
     async def _report(self, connected: Callable[[], None]) -> None:
-        await self._stub.Observe(self._observations(connected), metadata=((ROUTER_METADATA, self._router),))
+        self._outbox.many = False
+        call = self._stub.Observe(self._observations(connected), metadata=((ROUTER_METADATA, self._router),))
+        hearing = background.start(self._hear_what_it_reads(call), f"what {self.address} reads")
+        try:
+            await call
+        finally:
+            await background.stop(hearing)
+
+    async def _hear_what_it_reads(self, call: grpc.aio.StreamUnaryCall[Any, Any]) -> None:
+        with contextlib.suppress(grpc.aio.AioRpcError):  # which whoever reports is told
+            self._outbox.many = READS_MANY in map(tuple, await call.initial_metadata() or ())
 
     async def _observations(self, connected: Callable[[], None]) -> AsyncIterator[pb.Observation]:
         for message in self._open_requests.again():
             yield message
         while True:
-            message = await self._outbox.get()
+            message = await self._outbox.take()
             yield message
             connected()
 

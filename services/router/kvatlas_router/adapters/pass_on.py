@@ -1,8 +1,8 @@
 """An answer on its way to the client, from its first byte on: as it comes, byte for byte, and to a proper end.
 
 What an engine sends goes to the client from within the callback that received it, as long as the client's connection
-takes it: such a `send` is over at once, and the task that waits for the end of the answer is not woken. When `send`
-would wait, nothing more is read from the engine, and the task goes on with it.
+takes it: it is written, or sent and over at once, and the task that waits for the end of the answer is not woken. When
+`send` would wait, nothing more is read from the engine, and the task goes on with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HOP_BY_HOP = frozenset(
     b" transfer-encoding upgrade".split()
 )
 _NOT_RETURNED = HOP_BY_HOP | {b"x-request-id"}
-_IDLE_SLACK = 0.05  # of the idle timeout: setting a timer for every chunk would cost more than passing it on
+_IDLE_SLACK = 0.05  # of the idle timeout: to look at the clock for every chunk would cost a part of passing it on
 
 
 @dataclass(slots=True)
@@ -43,7 +43,8 @@ class PassOn:
     _dropper: UsageChunkFilter | None = None
     _waiting: Begun[None] | None = None
     _deadline: asyncio.Timeout = field(default_factory=lambda: asyncio.timeout(None))
-    _armed: float = 0.0
+    _looking: asyncio.TimerHandle | None = None
+    _heard: int = 0  # bytes, when it was last looked whether there are more
 
     async def run(self, first: bytes, added: Headers, passed: Callable[[], None]) -> None:
         """`added`: headers of the router's own. `passed` is called when what has come of the body has been sent on."""
@@ -83,30 +84,39 @@ class PassOn:
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _body(self, passed: Callable[[], None]) -> None:
-        self._armed = asyncio.get_running_loop().time()
-        self._deadline = asyncio.timeout_at(min(self._armed + self.idle_s, self.give_up))
-        async with self._deadline:
-            self.connection.pour(self._piece)
-            passed()
-            while not await self.connection.poured():
-                waiting, self._waiting = self._waiting, None
-                if waiting is not None:
-                    await waiting
-                self.connection.resume()
+        loop = asyncio.get_running_loop()
+        self._deadline = asyncio.timeout_at(min(loop.time() + self.idle_s, self.give_up))
+        try:
+            async with self._deadline:
+                self._look()
+                self.connection.pour(self._piece)
+                passed()
+                while not await self.connection.poured():
+                    waiting, self._waiting = self._waiting, None
+                    if waiting is not None:
+                        await waiting
+                    self.connection.resume()
+        finally:
+            if self._looking is not None:
+                self._looking.cancel()
+
+    def _look(self) -> None:
+        """Puts the end off, now and then, where something has come."""
+        loop, heard = asyncio.get_running_loop(), self.told.bytes_out
+        if heard != self._heard and not self._deadline.expired():
+            self._heard = heard
+            self._deadline.reschedule(min(loop.time() + self.idle_s, self.give_up))
+        self._looking = loop.call_later(self.idle_s * _IDLE_SLACK, self._look)
 
     def _piece(self, data: bytes) -> None:
         self.tail.feed(data)
         self.told.bytes_out += len(data)
         passed = data if self._dropper is None else self._dropper.feed(data)
-        if passed:
+        if passed and not self.job.request.write(passed):
             sending = Begun(self.send({"type": "http.response.body", "body": passed, "more_body": True}))
             if not sending.over:
                 self._waiting = sending
                 self.connection.hold()
-        now = asyncio.get_running_loop().time()
-        if now - self._armed > self.idle_s * _IDLE_SLACK:
-            self._armed = now
-            self._deadline.reschedule(min(now + self.idle_s, self.give_up))
 
     async def _end_cut(self, why: str) -> None:
         event = cut_event(self.job.request.path, why)

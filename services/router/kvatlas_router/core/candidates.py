@@ -117,7 +117,7 @@ class Candidate(NamedTuple):
 
 class Line(NamedTuple):
     """The states of engines, and what follows from all of them: an element of each for every engine. `places`: where
-    among them each is; `busy`: which share of them is computing prompts; `crowding`: see `Candidate`.
+    among them each is; `busy`: which share of them is computing prompts; `crowding`: see `Candidate`, None: 0 for all.
     """
 
     states: Sequence[EngineState]
@@ -125,22 +125,36 @@ class Line(NamedTuple):
     standings: Sequence[Standing]
     figures: Figures
     busy: float
-    crowding: Floats
+    crowding: Floats | None
 
     @classmethod
     def of(cls, states: Sequence[EngineState], places: Mapping[EngineId, int] | None = None) -> Line:
         """`places`, where it is known already."""
         if places is None:
             places = {state.view.id: place for place, state in enumerate(states)}
-        figures = Figures.of([state.figures for state in states])
-        crowding = Bound.of(figures.in_flight).crowding(figures.in_flight)
-        return cls(states, places, [state.standing for state in states], figures, figures.busy, crowding)
+        aheads = [state.ahead for state in states]
+        in_flight = [ahead.pending + ahead.decoding for ahead in aheads]
+        bound, crowding = Bound.of(in_flight), None
+        if max(in_flight, default=0) > bound.requests:
+            crowding = np.array([bound.crowding(requests) for requests in in_flight])
+        return cls(
+            states,
+            places,
+            [state.standing for state in states],
+            Figures.of([state.figures for state in states]),
+            sum([ahead.pending > 0 for ahead in aheads]) / max(len(states), 1),
+            crowding,
+        )
 
 
 class Candidates(Sequence[Candidate]):
-    """One for each state; `make` makes the one of a place. The arrays have an element for each: see `Candidate`."""
+    """One for each state; `make` makes the one of a place. The arrays have an element for each, see `Candidate`; None:
+    0 for all.
+    """
 
-    def __init__(self, line: Line, make: Callable[[int], Candidate], *, cached_tokens: Floats, moved_s: Floats) -> None:
+    def __init__(
+        self, line: Line, make: Callable[[int], Candidate], *, cached_tokens: Floats, moved_s: Floats | None
+    ) -> None:
         self.states = line.states
         self.standings = line.standings
         self._line = line
@@ -180,16 +194,17 @@ class Candidates(Sequence[Candidate]):
         kept = [place for place, standing in enumerate(self.standings) if standing is not Standing.DOWN]
         line = Line.of([self.states[place] for place in kept])
         return Candidates(
-            line._replace(crowding=self._line.crowding[kept]),
+            line._replace(crowding=None if self._line.crowding is None else self._line.crowding[kept]),
             lambda place: self._make(kept[place]),
             cached_tokens=self._cached_tokens[kept],
-            moved_s=self._moved_s[kept],
+            moved_s=None if self._moved_s is None else self._moved_s[kept],
         )
 
     def costs_ms(self, prompt_tokens: int) -> Floats:
         """What the request comes to on each, in all; a lesser share makes it dearer."""
+        crowding = self._line.crowding
         return self._line.figures.totals_ms(
             to_compute=np.maximum(prompt_tokens - self._cached_tokens, 0.0),
-            voided=self._line.crowding * prompt_tokens,
+            voided=None if crowding is None else crowding * prompt_tokens,
             moved_s=self._moved_s,
         )

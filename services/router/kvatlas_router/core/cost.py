@@ -101,7 +101,7 @@ class Ahead(NamedTuple):
 NOTHING = Ahead()
 
 
-_FIGURES = Struct("10d")
+_FIGURES = Struct("8d")
 
 
 class Quote:
@@ -148,8 +148,6 @@ class Quote:
             squeeze_s,
             voided_s,
             1000 / share,
-            in_flight,
-            pending > 0,
         )
 
     def cost(self, to_compute: int, transferred: Transferred = (), voided: float = 0.0) -> Cost:
@@ -190,24 +188,18 @@ class Figures:
         """`packed`: `Quote.figures` of each."""
         return cls(np.frombuffer(b"".join(packed)).reshape(-1, _FIGURES.size // 8))
 
-    @property
-    def in_flight(self) -> Floats:
-        """Requests."""
-        return self._rows[:, 8]
-
-    @property
-    def busy(self) -> float:
-        """The share of the engines that are computing prompts."""
-        return float(self._rows[:, 9].sum()) / max(len(self._rows), 1)
-
-    def totals_ms(self, to_compute: Floats, voided: Floats, moved_s: Floats) -> Floats:
-        """`Quote.cost(...).total_ms` over the share."""
-        flat_s, slope_s, full, per_kv_token, answer_s, squeeze_s, voided_s, ms, _, _ = self._rows.T
+    def totals_ms(self, to_compute: Floats, voided: Floats | None, moved_s: Floats | None) -> Floats:
+        """`Quote.cost(...).total_ms` over the share. None: 0 for all."""
+        flat_s, slope_s, full, per_kv_token, answer_s, squeeze_s, voided_s, ms = self._rows.T
         full = full + per_kv_token * to_compute
         used = np.minimum(full, FULL)
-        room_s = squeeze_s * used / (1 - used) + answer_s * (full - used)
-        totals: Floats = ms * (flat_s + slope_s * to_compute + room_s + voided_s * voided + moved_s)
-        return totals
+        total_s: Floats = flat_s + slope_s * to_compute + squeeze_s * used / (1 - used) + answer_s * (full - used)
+        if voided is not None:
+            total_s += voided_s * voided
+        if moved_s is not None:
+            total_s += moved_s
+        total_s *= ms
+        return total_s
 
 
 class Bound(NamedTuple):
@@ -217,12 +209,11 @@ class Bound(NamedTuple):
     void: float
 
     @classmethod
-    def of(cls, in_flight: Floats) -> Bound:
+    def of(cls, in_flight: Sequence[int]) -> Bound:
         """`in_flight`: of every engine of the fleet."""
-        mean = float(in_flight.sum()) / max(len(in_flight), 1) + BOUND_SLACK
+        mean = sum(in_flight) / max(len(in_flight), 1) + BOUND_SLACK
         return cls(mean * BOUND, mean * VOID)
 
-    def crowding(self, in_flight: Floats) -> Floats:
-        """By how much each engine is over it: 0 up to it, 1 where no prefix counts."""
-        crowding: Floats = np.maximum(in_flight - self.requests, 0.0) / self.void
-        return crowding
+    def crowding(self, in_flight: int) -> float:
+        """By how much an engine is over it: 0 up to it, 1 where no prefix counts."""
+        return max(in_flight - self.requests, 0.0) / self.void

@@ -37,7 +37,7 @@ class Told:
         cached_tokens, moved_s = self.held(line)
 
         def make(place: int) -> Candidate:
-            return self.candidate(line.states[place], float(line.crowding[place]))
+            return self.candidate(line.states[place], 0.0 if line.crowding is None else float(line.crowding[place]))
 
         return Candidates(line, make, cached_tokens=cached_tokens, moved_s=moved_s)
 
@@ -50,9 +50,9 @@ class Told:
             known = match is not None
         return Candidate(state, match, known, self._block_size(view), self._expected(view.id, match), crowding)
 
-    def held(self, line: Line) -> tuple[Floats, Floats]:
-        """`Candidate.cached_tokens` and `moved_s` of all; of most engines nothing is said, so that both are 0."""
-        cached_tokens, moved_s = np.zeros(len(line.states)), np.zeros(len(line.states))
+    def held(self, line: Line) -> tuple[Floats, Floats | None]:
+        """`Candidate.cached_tokens` and `moved_s` of all: of most engines nothing is said, so that both are 0."""
+        cached_tokens, moved_s = np.zeros(len(line.states)), None
         where, states, matches, lately = line.places.get, line.states, self._matches, self._lately
         for engine, match in matches.items():
             place = where(engine)
@@ -60,6 +60,7 @@ class Told:
                 continue
             if lately or (*match.media,) != _GPU_ALONE:
                 candidate = self.candidate(states[place], 0.0)
+                moved_s = np.zeros(len(line.states)) if moved_s is None else moved_s
                 cached_tokens[place], moved_s[place] = candidate.cached_tokens, candidate.moved_s
             else:
                 blocks = match.expected if match.expected > match.blocks else match.blocks

@@ -224,20 +224,22 @@ class Finished(_message.Message):
     def __init__(self, cached_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., comparable: _Optional[bool] = ..., outcome: _Optional[str] = ...) -> None: ...
 
 class Observation(_message.Message):
-    __slots__ = ("request_id", "engine", "model", "routed", "first_token", "finished")
+    __slots__ = ("request_id", "engine", "model", "routed", "first_token", "finished", "also")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     ROUTED_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
     FINISHED_FIELD_NUMBER: _ClassVar[int]
+    ALSO_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     engine: str
     model: str
     routed: Routed
     first_token: FirstToken
     finished: Finished
-    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., model: _Optional[str] = ..., routed: _Optional[_Union[Routed, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ...) -> None: ...
+    also: _containers.RepeatedCompositeFieldContainer[Observation]
+    def __init__(self, request_id: _Optional[str] = ..., engine: _Optional[str] = ..., model: _Optional[str] = ..., routed: _Optional[_Union[Routed, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., also: _Optional[_Iterable[_Union[Observation, _Mapping]]] = ...) -> None: ...
 
 class ObserveSummary(_message.Message):
     __slots__ = ("received",)
