@@ -156,9 +156,12 @@ async def test_what_the_owner_heals_every_shard_answers(tmp_path: Path) -> None:
             healed = [await shard.metric("healed_blocks_total", how="added") for shard in one.shards]
             assert sorted(map(bool, healed)) == [False, True], "by its owner alone"
             keys = list(one.engine.block_table())
-            here, there = [await shard.held(one.engine.address, keys) for shard in one.shards]
-            assert here == there == dict.fromkeys(here, 1)
-            assert len(here) > 0.9 * len(keys)
+
+            async def answered() -> bool:
+                here, there = [await shard.held(one.engine.address, keys) for shard in one.shards]
+                return here == there == dict.fromkeys(here, 1) and len(here) > 0.9 * len(keys)
+
+            await until(answered, "both to answer what the last request has shown, too")
 
 
 async def test_after_a_loss_answers_tell_what_is_still_there(tmp_path: Path) -> None:
