@@ -69,6 +69,10 @@ class Held:
         depths = np.pad(depths, ((0, 0), (0, engines - some)))
         return cls([Prompt(rng, blocks, BLOCK, true=True) for _ in range(prompts)], depths.tolist())
 
+    def parts(self, first: int) -> tuple[Held, Held]:
+        """The first so many prompts, and the others."""
+        return Held(self.prompts[:first], self.depths[:first]), Held(self.prompts[first:], self.depths[first:])
+
     @property
     def blocks(self) -> int:
         return sum(map(sum, self.depths))
