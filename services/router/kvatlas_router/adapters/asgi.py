@@ -97,7 +97,7 @@ class Request:
         given = by_name.get(b"x-request-id", b"").decode("latin-1")
         usable = 0 < len(given) <= 256 and given.isascii() and given.isprintable()
         request = cls(scope["method"], scope["path"], target, headers, given if usable else new_id(), b"", by_name)
-        request.write = scope.get("extensions", {}).get(BODY_PIECES, _cannot)
+        request.write = scope.get("extensions", {}).pop(BODY_PIECES, _cannot)  # or scope and connection kept each other
         return request
 
 
