@@ -15,7 +15,7 @@ from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health, Load
 from kvatlas_common.logs import LimitedLog
 from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.words import EngineId, Medium
-from kvatlas_router.adapters.decide import Asked, Decider, Lookup, UnknownModel
+from kvatlas_router.adapters.decide import PREPARED_FROM, Asked, Decider, Lookup, UnknownModel
 from kvatlas_router.adapters.index_client import LookupFailed
 from kvatlas_router.core.body import Body
 from kvatlas_router.core.choice import NoEngine
@@ -114,8 +114,15 @@ async def test_the_choice_is_prepared_while_the_index_is_asked() -> None:
                 await chooser.prepared.wait()
             return MatchAnswer((EngineMatch(B, 3, {Medium.GPU: 3}, True),))
 
-    decision = await replace(decider(Waits(), view(A), view(B)), chooser=chooser).decide(asked())
+    others = [view(EngineId(f"10.0.1.{n}:8000")) for n in range(PREPARED_FROM)]
+    decision = await replace(decider(Waits(), view(B), *others), chooser=chooser).decide(asked())
     assert decision.choice.engine.id == B
+
+
+async def test_a_choice_among_few_is_not_worth_preparing() -> None:
+    chooser = Preparing()
+    await replace(decider(Given(), view(A), view(B)), chooser=chooser).decide(asked())
+    assert not chooser.prepared.is_set()
 
 
 async def test_an_engine_whose_profile_was_not_asked_about_is_unknown() -> None:

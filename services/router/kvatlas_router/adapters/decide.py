@@ -31,6 +31,8 @@ from kvatlas_router.core.policies import Needs, Policy
 from kvatlas_router.core.prompt import ESTIMATE, Keys, NoTokens, Prompt
 
 BYTES_PER_TOKEN = 4  # of a body that was not tokenised: good enough to weigh it
+PREPARED_FROM = 16
+"""Engines from which on a choice is prepared while the index is asked: with fewer, that costs more than it saves."""
 
 
 class Lookup(StrEnum):
@@ -268,7 +270,8 @@ class _Inquiry:
         if not keys:
             raise UnknownProfile("unknown-profile")
         with learnt.stage("match"):
-            _meanwhile(lambda: decider.chooser.prepare(self._views, decider.index.loads(), decider.clock()))
+            if len(self._views) >= PREPARED_FROM:
+                _meanwhile(lambda: decider.chooser.prepare(self._views, decider.index.loads(), decider.clock()))
             learnt.answer = await decider.index.match(self._model, keys, estimate=estimate)
         return learnt.answer
 
