@@ -108,7 +108,7 @@ class BlockMap:
 
     def stretches(self, keys: PromptKeys) -> Iterator[Sequence[int]]:
         """The holders of each block, in pieces."""
-        packed, at = pack(keys), 0
+        packed, at = _pack(keys), 0
         parts, runs, end = self._parts, self._runs, len(packed)
         while at < end:
             first = packed[at : at + _KEY]
@@ -151,8 +151,8 @@ class BlockMap:
         """
         if len(keys) == 1 and (number := self._parts[keys[0] & _PART].get(keys[0])) is not None:
             return self._change_one(number, keys[0], to)
-        found: Changed = {}
-        packed, at, behind = pack(keys), 0, self._behind(after)
+        found: dict[int, list[int]] = {}
+        packed, at, behind = _pack(keys), 0, self._behind(after)
         parts = self._parts
         while at < len(keys):
             key = keys[at]
@@ -161,15 +161,16 @@ class BlockMap:
                 run = self._run(number)
                 place = run.place(packed[at * _KEY : at * _KEY + _KEY])
                 blocks = run.alike(place, packed, at * _KEY)
-                found = _both(found, self._change(number, place, keys[at : at + blocks], to))
+                for holders, some in self._change(number, place, keys[at : at + blocks], to).items():
+                    found.setdefault(holders, []).extend(some)
                 behind = number, place + blocks
             else:
                 blocks, behind = self._add(keys, packed, at, self._one(to(0)), behind)
                 if blocks == len(keys):
                     return {0: keys}
-                found = _both(found, {0: keys[at : at + blocks]})
+                found.setdefault(0, []).extend(keys[at : at + blocks])
             at += blocks
-        return found
+        return {**found}
 
     def _change_one(self, number: int, key: int, to: Callable[[int], int]) -> Changed:
         """What `_change` does, for what engines drop block by block."""
@@ -301,7 +302,7 @@ class BlockMap:
         self._passed, self._dead = 0, dead
 
     def step(self) -> bool:
-        """Of the pass that was begun; False: it is done. Blocks may be changed between steps, but not get dead bits."""
+        """Of the pass that was begun; False: it is done. Blocks may be changed between steps."""
         assert self._passed is not None
         seen = 0
         while self._passed < len(self._runs) and seen < PASS_BLOCKS:
@@ -331,12 +332,6 @@ class BlockMap:
             self._bury(number, run, died)
 
 
-def _both(some: Changed, others: Changed) -> Changed:
-    for holders, keys in others.items():
-        some[holders] = [*some[holders], *keys] if holders in some else keys
-    return some
-
-
-def pack(keys: PromptKeys) -> bytes:
+def _pack(keys: PromptKeys) -> bytes:
     """8 bytes each, as this machine has them."""
     return keys.tobytes() if isinstance(keys, np.ndarray) else array("Q", keys).tobytes()

@@ -26,8 +26,7 @@ class Durations:
         """By the clocks of two machines: where they cannot both be right, nothing is counted."""
         seconds = now - then
         if 0 <= seconds < SANE_S:
-            self._counts[bisect_left(self.bounds, seconds)] += 1
-            self.sum_s += seconds
+            self.add(seconds)
 
     def cumulative(self) -> list[tuple[float, int]]:
         """(upper bound, how many took at most so long); the last bound is infinite."""
