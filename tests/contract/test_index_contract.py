@@ -149,8 +149,8 @@ async def test_a_match_says_how_many_where_and_how_sure(it: Deployment) -> None:
     it.world.store(E2, LATER, PROMPT[: 2 * SIZE], seq=7)
     answer = await it.matches()
     assert sorted(answer.matches, key=lambda match: str(match.engine)) == [
-        EngineMatch(E1, 5, {GPU: 5}, exact=True),
-        EngineMatch(E2, 2, {GPU: 2}, exact=False),
+        EngineMatch(E1, 5, {GPU: 5}, exact=True, expected=5),
+        EngineMatch(E2, 2, {GPU: 2}, exact=False, expected=2),
     ]
     assert answer.unknown == ()
     assert await it.blocks(engines=[E2]) == {E2: 2}

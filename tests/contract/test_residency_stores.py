@@ -51,7 +51,7 @@ class Memory:
 
     async def match(self, keys: Sequence[int]) -> list[EngineMatch]:
         plan = Plan([EngineGroups(e, True, self.residency.places(e), {}, 16) for e in ENGINES])
-        return plan.match(self.residency.masks(keys))
+        return list(plan.match(self.residency.masks(keys)).matches)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Shared:
     async def match(self, keys: Sequence[int]) -> list[EngineMatch]:
         shared = await self._flushed()
         (plan,) = shared.plan(MODEL)[0].values()
-        return plan.match(shared.masks((await self.store.lookup(keys)).values))
+        return list(plan.match(shared.masks((await self.store.lookup(keys)).values)).matches)
 
     async def _flushed(self) -> SharedFleet:
         shared = SharedFleet(self._record(engine) for engine in ENGINES)  # it gives the slots their numbers

@@ -102,7 +102,7 @@ class ScriptedIndexer(rpc.KvIndexServicer):
         async def answer(asked: pb.StreamedMatch) -> None:
             try:
                 response = await self.Match(asked.request, None)
-                await context.write(pb.StreamedMatchAnswer(id=asked.id, response=response.SerializeToString()))
+                await context.write(pb.StreamedMatchAnswer(id=asked.id, response=response))
             except ValueError as error:
                 await context.write(pb.StreamedMatchAnswer(id=asked.id, refusal=pb.Refusal(code=2, details=str(error))))
 

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import socket
 from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import asynccontextmanager
 
 import grpc
 import pytest
@@ -102,14 +103,26 @@ class Running:
         self.stub = pb_grpc.KvIndexStub(self.channel)  # type: ignore[no-untyped-call]
 
 
-@pytest.fixture
-async def running() -> AsyncIterator[Running]:
+@asynccontextmanager
+async def run(*, in_order: bool) -> AsyncIterator[Running]:
     index, heard = KnownAnswers(), Heard()
-    server = GrpcServer(index, heard, GrpcOptions(keys_max=KEYS_MAX))
+    server = GrpcServer(index, heard, GrpcOptions(keys_max=KEYS_MAX, in_order=in_order))
     running = Running(index, heard, server, await server.start("127.0.0.1", 0))
     yield running
     await running.channel.close()
     await server.stop(0)
+
+
+@pytest.fixture
+async def running() -> AsyncIterator[Running]:
+    async with run(in_order=False) as running:
+        yield running
+
+
+@pytest.fixture(params=[False, True], ids=["at once", "in order"])
+async def streamed(request: pytest.FixtureRequest) -> AsyncIterator[Running]:
+    async with run(in_order=request.param) as running:
+        yield running
 
 
 async def test_a_lookup_reaches_the_index_and_its_answer_the_router(running: Running) -> None:
@@ -186,7 +199,7 @@ async def test_lookups_over_a_stream_are_answered_as_calls_are(running: Running)
     streaming, request = Streaming(running), wire.match_request("m", {PROFILE: [1, 2]}, [FIRST])
     await streaming.ask(7, request)
     answer = await streaming.answer()
-    assert (answer.id, pb.MatchResponse.FromString(answer.response)) == (7, await running.stub.Match(request))
+    assert (answer.id, answer.response) == (7, await running.stub.Match(request))
     await streaming.ask(8, wire.match_request("who?", {PROFILE: [1]}))
     await streaming.ask(9, pb.MatchRequest(model="m", prompts=[PROMPT] * (PROFILES_MAX + 1)))
     refused = {answer.id: answer.refusal for answer in [await streaming.answer(), await streaming.answer()]}
@@ -206,16 +219,27 @@ async def test_a_lookup_does_not_wait_for_the_one_before(running: Running) -> No
     streaming.call.cancel()
 
 
+async def test_in_order_a_lookup_waits_for_the_one_before() -> None:
+    async with run(in_order=True) as running:
+        streaming = Streaming(running)
+        running.index.may_answer.clear()
+        await streaming.ask(1, wire.match_request("m", {PROFILE: [1]}))
+        await streaming.ask(2, wire.match_request("who?", {PROFILE: [1]}))
+        running.index.may_answer.set()
+        assert [(await streaming.answer()).id for _ in range(2)] == [1, 2]
+        streaming.call.cancel()
+
+
 async def test_a_defect_costs_its_lookup_and_not_the_stream(
-    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    streamed: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    streaming = Streaming(running)
+    streaming = Streaming(streamed)
 
     async def broken(*_: object, **__: object) -> MatchAnswer:
         raise ZeroDivisionError
 
     with monkeypatch.context() as patched:
-        patched.setattr(running.index, "match", broken)
+        patched.setattr(streamed.index, "match", broken)
         await streaming.ask(1, wire.match_request("m", {PROFILE: [1]}))
         assert (await streaming.answer()).refusal.code == grpc.StatusCode.UNKNOWN.value[0]
     assert "a lookup failed" in caplog.text
@@ -224,29 +248,31 @@ async def test_a_defect_costs_its_lookup_and_not_the_stream(
     streaming.call.cancel()
 
 
-async def test_who_leaves_before_the_answer_disturbs_nobody(running: Running, caplog: pytest.LogCaptureFixture) -> None:
-    streaming, request = Streaming(running), wire.match_request("m", {PROFILE: [1]})
-    running.index.may_answer.clear()
+async def test_who_leaves_before_the_answer_disturbs_nobody(
+    streamed: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    streaming, request = Streaming(streamed), wire.match_request("m", {PROFILE: [1]})
+    streamed.index.may_answer.clear()
     await streaming.ask(1, request)
     async with asyncio.timeout(DEADLINE_S):
-        await running.index.being_asked.wait()
+        await streamed.index.being_asked.wait()
     streaming.call.cancel()
-    running.index.may_answer.set()
+    streamed.index.may_answer.set()
     async with asyncio.timeout(DEADLINE_S):
-        await running.stub.Match(request)
+        await streamed.stub.Match(request)
     gc.collect()
     assert "never retrieved" not in caplog.text
 
 
-async def test_a_drain_answers_what_a_stream_has_asked_and_ends_it(running: Running) -> None:
-    streaming = Streaming(running)
-    running.index.may_answer.clear()
+async def test_a_drain_answers_what_a_stream_has_asked_and_ends_it(streamed: Running) -> None:
+    streaming = Streaming(streamed)
+    streamed.index.may_answer.clear()
     await streaming.ask(1, wire.match_request("m", {PROFILE: [1]}))
     async with asyncio.timeout(DEADLINE_S):
-        await running.index.being_asked.wait()
-    stopping = asyncio.create_task(running.server.stop(DEADLINE_S))
+        await streamed.index.being_asked.wait()
+    stopping = asyncio.create_task(streamed.server.stop(DEADLINE_S))
     await asyncio.sleep(0)
-    running.index.may_answer.set()
+    streamed.index.may_answer.set()
     assert (await streaming.answer()).id == 1
     with pytest.raises(grpc.aio.AioRpcError) as ended:
         await streaming.call.read()

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from kvatlas_common.fleet import Adapter, EngineView, Head, Health, InFlight, Load, Sync
-from kvatlas_common.matching import EngineMatch, MatchAnswer
+from kvatlas_common.matching import EngineMatch, MatchAnswer, PlainMatches
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.words import EngineId, Medium
 
+K = TypeVar("K")
 T = TypeVar("T")
+V = TypeVar("V")
+
+KNOWN_MAX = 16_384
 
 NO_HEAD = Head()
 
-_engine_id = lru_cache(maxsize=16_384)(EngineId.parse)  # an answer names the same engines as the one before
-_new = tuple.__new__  # what a NamedTuple calls, without the function around it
-_LENGTH_DELIMITED = 2
-_ENGINES = pb.MatchResponse.ENGINES_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
-_ENGINE = pb.EngineMatch.ENGINE_FIELD_NUMBER << 3 | _LENGTH_DELIMITED
-_MORE = 0x80  # from here on, a byte of a varint is not its last
 _medium = lru_cache(maxsize=len(Medium))(Medium)
+
+
+class _Known(dict[K, V]):
+    """What `make` makes of a key, remembered: a look into a dictionary takes a quarter of one into an `lru_cache`."""
+
+    def __init__(self, make: Callable[[K], V]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: K) -> V:
+        if len(self) >= KNOWN_MAX:
+            self.clear()
+        made = self[key] = self._make(key)
+        return made
+
+
+_names = _Known[EngineId, str](str)  # an answer names the same engines as the one before
+_engine_ids = _Known[str, EngineId](EngineId.parse)
 
 
 def pack_keys(keys: Sequence[int] | np.ndarray[Any, Any]) -> bytes:
@@ -46,104 +61,67 @@ def match_request(
     engines: Iterable[EngineId] = (),
     *,
     estimate: bool = False,
+    reads_plain: bool = True,
 ) -> pb.MatchRequest:
     return pb.MatchRequest(
         model=model,
         prompts=[pb.PromptKeys(profile=profile, keys=pack_keys(keys)) for profile, keys in prompts.items()],
         engines=[str(e) for e in engines],
         estimate=estimate,
+        reads_plain=reads_plain,
     )
 
 
-def match_response(answer: MatchAnswer) -> pb.MatchResponse:
-    return pb.MatchResponse.FromString(packed_match_response(answer))
+def match_response(answer: MatchAnswer, *, plain: bool = False) -> pb.MatchResponse:
+    """`plain`: whoever asked reads `MatchResponse.plain`."""
+    message = pb.MatchResponse()
+    write_match_response(answer, message, plain=plain)
+    return message
 
 
-def packed_match_response(answer: MatchAnswer) -> bytes:
-    """Put together from parts as they are on the wire, most of them seen before: a third of setting field by field."""
-    parts: list[bytes] = []
-    for engine, blocks, media, exact, doubtful, expected in answer.matches:
-        name = _name_field(engine)
-        other = _other_fields(blocks, tuple(media.items()), exact, doubtful, max(expected, blocks))
-        parts += (_engines_field(len(name) + len(other)), name, other)
-    if answer.unknown:
-        parts.append(pb.MatchResponse(unknown=map(str, answer.unknown)).SerializeToString())
-    return b"".join(parts)
-
-
-# Messages in parts: of two of one kind, one after the other, protobuf makes one that has the fields of both.
-
-
-@lru_cache(maxsize=16_384)
-def _name_field(engine: EngineId) -> bytes:
-    return pb.EngineMatch(engine=str(engine)).SerializeToString()
-
-
-@lru_cache(maxsize=16_384)
-def _other_fields(
-    blocks: int, media: tuple[tuple[Medium, int], ...], exact: bool, doubtful: int, expected: int
-) -> bytes:
-    return pb.EngineMatch(
-        blocks=blocks,
-        media=[pb.MediumBlocks(medium=medium, blocks=of_medium) for medium, of_medium in media],
-        exact=exact,
-        doubtful=doubtful,
-        expected=expected,
-    ).SerializeToString()
-
-
-@lru_cache(maxsize=1024)
-def _engines_field(length: int) -> bytes:
-    """What comes before one of the engines of an answer: the field's number and kind, and its length as a varint."""
-    field = bytearray([_ENGINES])
-    while length >= _MORE:
-        field.append(length % _MORE | _MORE)
-        length >>= 7
-    field.append(length)
-    return bytes(field)
+def write_match_response(answer: MatchAnswer, message: pb.MatchResponse, *, plain: bool) -> None:
+    """The same into an empty message: one put into another is copied."""
+    message.engines.extend(map(_engine_match, answer.listed if plain else answer.matches))
+    message.unknown.extend(map(str, answer.unknown))
+    columns = answer.plain
+    if plain and columns.engines:
+        message.plain.engines.extend(map(_names.__getitem__, columns.engines))
+        message.plain.blocks.extend(columns.blocks)
+        if not all(columns.exact):
+            message.plain.inexact.extend([place for place, exact in enumerate(columns.exact) if not exact])
 
 
 def match_answer(message: pb.MatchResponse) -> MatchAnswer:
-    return unpacked_match_answer(message.SerializeToString())
+    """Raises `ValueError` for columns that do not go together."""
+    columns = message.plain
+    engines = list(map(_engine_ids.__getitem__, columns.engines))
+    exact = [True] * len(engines)
+    if len(columns.blocks) != len(engines) or any(place >= len(engines) for place in columns.inexact):
+        raise ValueError(f"plain: {len(engines)} engines, {len(columns.blocks)} blocks, inexact {columns.inexact}")
+    for place in columns.inexact:
+        exact[place] = False
+    return MatchAnswer(
+        tuple(map(_listed, message.engines)),
+        tuple(map(_engine_ids.__getitem__, message.unknown)),
+        PlainMatches(engines, list(columns.blocks), exact),
+    )
 
 
-def unpacked_match_answer(packed: bytes) -> MatchAnswer:
-    """What `packed_match_response` puts together, taken apart the same way: a third of reading field by field.
-
-    An encoder may order the fields as it likes: from what does not begin as ours does, it is read as any message.
-    """
-    matches: list[EngineMatch] = []
-    at, end = 0, len(packed) - 3
-    while at < end and packed[at] == _ENGINES and packed[at + 1] < _MORE and packed[at + 2] == _ENGINE:
-        first, last = at + 2, at + 2 + packed[at + 1]
-        behind_name = first + 2 + packed[first + 1]
-        if behind_name > last or last > len(packed):  # its length takes more bytes, or it is cut off
-            break
-        engine, others = _engine_of(packed[first:behind_name]), _others_of(packed[behind_name:last])
-        matches.append(_new(EngineMatch, (engine, *others)))
-        at = last
-    try:
-        left = pb.MatchResponse.FromString(packed[at:])
-    except DecodeError as error:
-        raise ValueError(f"answer: {error}") from None
-    matches += [_new(EngineMatch, (_engine_id(each.engine), *_others(each))) for each in left.engines]
-    return MatchAnswer(tuple(matches), tuple([_engine_id(engine) for engine in left.unknown]))
+def _engine_match(match: EngineMatch) -> pb.EngineMatch:
+    return pb.EngineMatch(
+        engine=_names[match.engine],
+        blocks=match.blocks,
+        media=[pb.MediumBlocks(medium=medium, blocks=of_medium) for medium, of_medium in match.media.items()],
+        exact=match.exact,
+        doubtful=match.doubtful,
+        expected=max(match.expected, match.blocks),
+    )
 
 
-@lru_cache(maxsize=16_384)
-def _engine_of(packed: bytes) -> EngineId:
-    return EngineId.parse(pb.EngineMatch.FromString(packed).engine)
-
-
-@lru_cache(maxsize=16_384)
-def _others_of(packed: bytes) -> tuple[int, Mapping[Medium, int], bool, int, int]:
-    return _others(pb.EngineMatch.FromString(packed))
-
-
-def _others(message: pb.EngineMatch) -> tuple[int, Mapping[Medium, int], bool, int, int]:
-    """All fields of an `EngineMatch` but the first."""
+def _listed(message: pb.EngineMatch) -> EngineMatch:
     media = {_medium(each.medium): each.blocks for each in message.media}
-    return message.blocks, media, message.exact, message.doubtful, message.expected
+    engine = _engine_ids[message.engine]
+    return EngineMatch(engine, message.blocks, media, message.exact, message.doubtful, message.expected)
 
 
 def engine_message(view: EngineView) -> pb.Engine:
@@ -211,7 +189,7 @@ def engine_load(message: pb.EngineLoad, now: float) -> tuple[EngineId, Load]:
     """`now`: of the clock that `Load.head` is to be told by."""
     others = message.others
     head = Head(message.head.tokens, now - message.head.age_s) if message.HasField("head") else NO_HEAD
-    return _engine_id(message.engine), Load(
+    return _engine_ids[message.engine], Load(
         message.running,
         message.waiting,
         message.kv_usage,

@@ -10,14 +10,14 @@ of blocks (`/query_by_hash`) or token ids (`/query`).
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from kvatlas_common.matching import MatchAnswer
 from kvatlas_common.wire import match_request
+from kvatlas_common.words import EngineId
 from kvatlas_loadtest.bench.accounting import running_s
 from kvatlas_loadtest.bench.deployment import until
 from kvatlas_loadtest.bench.dynamo import NAME, Dynamo, Question, dynamo, python
@@ -153,8 +153,9 @@ def _by_keys(shard: Shard, held: Held) -> Lookup:
 
     async def ask(number: int) -> tuple[dict[str, int], float]:
         began = time.perf_counter()
-        answer = await shard.match(asking[number], WITHIN_S)
-        return _blocks(answer), time.perf_counter() - began
+        found = (await shard.match(asking[number], WITHIN_S)).blocks()
+        seconds = time.perf_counter() - began
+        return _named(found), seconds
 
     return ask
 
@@ -163,14 +164,15 @@ def _by_tokens(shard: Shard, held: Held) -> Lookup:
     async def ask(number: int) -> tuple[dict[str, int], float]:
         began = time.perf_counter()
         keys = held.prompts[number].true_keys()
-        answer = await shard.match(match_request(MODEL, {PROFILE: keys}), WITHIN_S)
-        return _blocks(answer), time.perf_counter() - began
+        found = (await shard.match(match_request(MODEL, {PROFILE: keys}), WITHIN_S)).blocks()
+        seconds = time.perf_counter() - began
+        return _named(found), seconds
 
     return ask
 
 
-def _blocks(answer: MatchAnswer) -> dict[str, int]:
-    return {str(match.engine): match.blocks for match in answer.matches}
+def _named(found: Mapping[EngineId, int]) -> dict[str, int]:
+    return {str(engine): blocks for engine, blocks in found.items()}
 
 
 def _by(question: Callable[[Prompt], Question], peer: Dynamo, held: Held) -> Lookup:

@@ -26,7 +26,7 @@ from kvatlas_common.tracing import Tracing, trace_logs
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.adapters.findings import Watch
 from kvatlas_indexer.adapters.front import Front
-from kvatlas_indexer.adapters.grpc_server import GrpcServer
+from kvatlas_indexer.adapters.grpc_server import GrpcOptions, GrpcServer
 from kvatlas_indexer.adapters.http_server import serve
 from kvatlas_indexer.adapters.local_index import LocalIndex
 from kvatlas_indexer.adapters.measured import MeasuredIndex
@@ -199,7 +199,8 @@ class Indexer:
     async def _serve(self) -> None:
         settings = self.settings
         interceptors = (TracedCalls(self._tracing.tracer),) if self._tracing else ()
-        grpc = GrpcServer(self._measured, self._listener, interceptors=interceptors)
+        options = GrpcOptions(in_order=settings.store == "memory")
+        grpc = GrpcServer(self._measured, self._listener, options, interceptors)
         host, port = _split(settings.grpc_listen)
         self.grpc_address = f"{host}:{await grpc.start(host, port)}"
         self._stack.push_async_callback(grpc.stop, settings.drain_s)

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvatlas_common import wire
 from kvatlas_common.fleet import Adapter, EngineView, Head, Health, InFlight, Load, Sync
-from kvatlas_common.matching import EngineMatch, MatchAnswer
+from kvatlas_common.matching import EngineMatch, MatchAnswer, PlainMatches
 from kvatlas_common.observations import Finished, FirstToken, Observation, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.words import KEY_MASK, EngineId, Medium
@@ -37,6 +36,12 @@ matches = st.builds(
     st.booleans(),
     counts,
 ).map(lambda match: match._replace(expected=max(match.blocks, match.doubtful)))
+columns = st.lists(st.tuples(engines, counts, st.booleans()), max_size=4).map(
+    lambda rows: PlainMatches(*map(list, zip(*rows, strict=True))) if rows else PlainMatches([], [], [])
+)
+answers = st.builds(
+    MatchAnswer, st.lists(matches, max_size=3).map(tuple), st.lists(engines, max_size=3).map(tuple), columns
+)
 in_flight = st.builds(InFlight, counts, counts, counts)
 loads = st.builds(Load, counts, counts, st.floats(0, 1, width=32), reals, st.frozensets(names, max_size=2), in_flight)
 views = st.builds(
@@ -63,54 +68,26 @@ def test_an_observation_survives_the_wire(observation: Observation) -> None:
     assert wire.observation(message) == observation
 
 
-@given(st.lists(matches, max_size=3).map(tuple), st.lists(engines, max_size=3).map(tuple))
-def test_a_match_answer_survives_the_wire(found: tuple[EngineMatch, ...], unknown: tuple[EngineId, ...]) -> None:
-    answer = MatchAnswer(found, unknown)
-    message = pb.MatchResponse.FromString(wire.match_response(answer).SerializeToString())
-    assert wire.match_answer(message) == answer
-    assert message == field_by_field(answer)
+@given(answers, st.booleans())
+def test_a_match_answer_survives_the_wire(answer: MatchAnswer, plain: bool) -> None:
+    message = pb.MatchResponse.FromString(wire.match_response(answer, plain=plain).SerializeToString())
+    read = wire.match_answer(message)
+    assert read == answer
+    assert read.plain == (answer.plain if plain else PlainMatches([], [], []))
+    assert len(message.engines) == len(answer.listed if plain else answer.matches)
 
 
-@given(st.lists(matches, max_size=3).map(tuple), st.lists(engines, max_size=3).map(tuple), st.integers(0, 400))
-def test_a_packed_answer_cut_off_or_in_another_order_is_read_as_a_message_is(
-    found: tuple[EngineMatch, ...], unknown: tuple[EngineId, ...], cut: int
-) -> None:
-    packed = wire.packed_match_response(MatchAnswer(found, unknown))
-    other = [pb.MatchResponse(unknown=map(str, unknown)).SerializeToString(), packed]
-    other += [pb.MatchResponse(engines=[pb.EngineMatch(engine=str(m.engine))]).SerializeToString() for m in found]
-    for message in (b"".join(other), packed[:cut]):
-        try:
-            expected = pb.MatchResponse.FromString(message)
-        except DecodeError:
-            with pytest.raises(ValueError, match="answer"):
-                wire.unpacked_match_answer(message)
-        else:
-            read = wire.unpacked_match_answer(message)
-            assert [(str(m.engine), m.blocks) for m in read.matches] == [(e.engine, e.blocks) for e in expected.engines]
-            assert [str(engine) for engine in read.unknown] == list(expected.unknown)
-
-
-def field_by_field(answer: MatchAnswer) -> pb.MatchResponse:
-    return pb.MatchResponse(
-        engines=[
-            pb.EngineMatch(
-                engine=str(m.engine),
-                blocks=m.blocks,
-                media=[pb.MediumBlocks(medium=medium, blocks=blocks) for medium, blocks in m.media.items()],
-                exact=m.exact,
-                doubtful=m.doubtful,
-                expected=m.expected,
-            )
-            for m in answer.matches
-        ],
-        unknown=map(str, answer.unknown),
-    )
-
-
-@pytest.mark.parametrize("length", [1, 50, 127, 128, 300, 20_000])
-def test_engines_of_any_length_of_name(length: int) -> None:
-    match = EngineMatch(EngineId("h" * length + ":80"), 3, {Medium.GPU: 3}, True, 0, 3)
-    assert wire.match_answer(wire.match_response(MatchAnswer((match, match)))).matches == (match, match)
+@pytest.mark.parametrize(
+    "columns",
+    [
+        pb.PlainMatches(engines=["h:1", "h:2"], blocks=[3]),
+        pb.PlainMatches(engines=["h:1"], blocks=[3, 4]),
+        pb.PlainMatches(engines=["h:1"], blocks=[3], inexact=[1]),
+    ],
+)
+def test_columns_that_do_not_go_together_are_told(columns: pb.PlainMatches) -> None:
+    with pytest.raises(ValueError, match=r"plain: . engines, . blocks"):
+        wire.match_answer(pb.MatchResponse(plain=columns))
 
 
 def test_a_match_that_expects_nothing_more_says_so_in_blocks() -> None:

@@ -50,9 +50,12 @@ READS_MANY = ("kvatlas-reports", "many")
 
 @dataclass(frozen=True, slots=True)
 class GrpcOptions:
-    """`keys_max`: block keys of one prompt; the default is a prompt of a million tokens in blocks of 16."""
+    """`keys_max`: block keys of one prompt; the default is a prompt of a million tokens in blocks of 16. `in_order`:
+    a stream's lookups are answered one after the other, as an index in this process answers sooner than a task begins.
+    """
 
     keys_max: int = 65_536
+    in_order: bool = False
 
     @property
     def message_bytes_max(self) -> int:
@@ -170,7 +173,7 @@ class _KvIndex(pb_grpc.KvIndexServicer):
     ) -> None:
         self._index = index
         self._reports = reports
-        self._matches = Matches(index, options.keys_max, draining, self._answered_too_late)
+        self._matches = Matches(index, options.keys_max, draining, self._answered_too_late, in_order=options.in_order)
         self._observed = observed
         self._draining = draining
         self._limited = limited

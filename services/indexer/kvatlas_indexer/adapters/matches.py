@@ -31,35 +31,45 @@ class _Refused(Exception):
 
 
 class Matches:
-    """`keys_max`: of one prompt. When `draining` is set streams end, once what they were asked is answered. `too_late`
-    is called for an answer over a stream that has ended.
+    """`keys_max`: of one prompt. `in_order`: a stream's lookups are answered one after the other, not at once. When
+    `draining` is set streams end, once what they were asked is answered. `too_late` is called for an answer over a
+    stream that has ended.
     """
 
     def __init__(
-        self, index: Index, keys_max: int, draining: asyncio.Event, too_late: Callable[[], None] = lambda: None
+        self,
+        index: Index,
+        keys_max: int,
+        draining: asyncio.Event,
+        too_late: Callable[[], None] = lambda: None,
+        *,
+        in_order: bool = False,
     ) -> None:
         self._index = index
         self._keys_max = keys_max
+        self._in_order = in_order
         self._draining = draining
         self._too_late = too_late
 
     async def one(self, request: pb.MatchRequest, context: Context) -> pb.MatchResponse:
         try:
-            return wire.match_response(await self._answer(request))
+            return wire.match_response(await self._answer(request), plain=request.reads_plain)
         except _Refused as refused:
             await context.abort(refused.code, refused.details)
 
     async def stream(self, requests: AsyncIterator[pb.StreamedMatch], context: Context) -> None:
         await context.send_initial_metadata(())
         answering: set[asyncio.Task[None]] = set()
-        reading = asyncio.create_task(self._read(requests, context, answering))
+        writing = asyncio.Lock()
+        reading = asyncio.create_task(self._read(requests, context, answering, writing))
         drained = asyncio.create_task(self._draining.wait())
         try:
             await asyncio.wait((reading, drained), return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
                 if answering:
                     await asyncio.wait(answering)
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
+                async with writing:  # an answer on its way is not cut off
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "this indexer is shutting down")
             await reading
             if answering:
                 await asyncio.wait(answering)
@@ -68,29 +78,44 @@ class Matches:
                 task.cancel()
 
     async def _read(
-        self, requests: AsyncIterator[pb.StreamedMatch], context: Context, answering: set[asyncio.Task[None]]
+        self,
+        requests: AsyncIterator[pb.StreamedMatch],
+        context: Context,
+        answering: set[asyncio.Task[None]],
+        writing: asyncio.Lock,
     ) -> None:
-        writing = asyncio.Lock()
         async for asked in requests:
-            task = asyncio.create_task(self._answered(asked, context, writing))
+            if self._in_order:
+                async with writing:
+                    await self._write(await self._answered(asked), context)
+                continue
+            task = asyncio.create_task(self._answer_one(asked, context, writing))
             answering.add(task)
             task.add_done_callback(answering.discard)
             if len(answering) >= AT_ONCE_MAX:
                 await asyncio.wait(answering, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _answered(self, asked: pb.StreamedMatch, context: Context, writing: asyncio.Lock) -> None:
+    async def _answer_one(self, asked: pb.StreamedMatch, context: Context, writing: asyncio.Lock) -> None:
+        answer = await self._answered(asked)
+        async with writing:
+            await self._write(answer, context)
+
+    async def _answered(self, asked: pb.StreamedMatch) -> pb.StreamedMatchAnswer:
         try:
-            response = wire.packed_match_response(await self._answer(asked.request))
-            answer = pb.StreamedMatchAnswer(id=asked.id, response=response)
+            found = await self._answer(asked.request)
         except _Refused as refused:
             number: int = refused.code.value[0]
-            answer = pb.StreamedMatchAnswer(id=asked.id, refusal=pb.Refusal(code=number, details=refused.details))
+            return pb.StreamedMatchAnswer(id=asked.id, refusal=pb.Refusal(code=number, details=refused.details))
         except Exception:  # as of a call of its own
             log.exception("a lookup failed")
-            answer = pb.StreamedMatchAnswer(id=asked.id, refusal=_DEFECT)
+            return pb.StreamedMatchAnswer(id=asked.id, refusal=_DEFECT)
+        answer = pb.StreamedMatchAnswer(id=asked.id, response=pb.MatchResponse())
+        wire.write_match_response(found, answer.response, plain=asked.request.reads_plain)
+        return answer
+
+    async def _write(self, answer: pb.StreamedMatchAnswer, context: Context) -> None:
         try:
-            async with writing:
-                await context.write(answer)
+            await context.write(answer)
         except Exception:  # who asked is gone; gRPC does not export all that it raises then
             self._too_late()
 

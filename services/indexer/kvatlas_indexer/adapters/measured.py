@@ -32,7 +32,7 @@ class MeasuredIndex:
         began, result = time.perf_counter(), "defect"
         try:
             answer = await self._inner.match(model, prompts, engines, estimate=estimate)
-            result = "found" if answer.matches else "nothing"
+            result = "found" if answer.found else "nothing"
         except UnknownModel:
             result = "unknown-model"
             raise

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from kvatlas_common.fleet import Fleet
-from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer, PromptKeys, Prompts
+from kvatlas_common.matching import Holder, MatchAnswer, PromptKeys, Prompts
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.redis_client import StoreUnavailable
 from kvatlas_indexer.adapters.redis_store import WINDOW_FIRST, Lookup
@@ -63,13 +63,13 @@ class SharedIndex:
 
     def _answer(self, model: str, found: Mapping[str, Lookup], engines: Collection[EngineId]) -> MatchAnswer:
         plans, unknown = self._shared.plan(model)
-        matches: list[EngineMatch] = []
+        matched: list[MatchAnswer] = []
         for profile, plan in plans.items():
             if (lookup := found.get(profile)) is not None:
-                matches += plan.match(self._shared.masks(lookup.values))
+                matched.append(plan.match(self._shared.masks(lookup.values)))
             else:
                 unknown += tuple(plan.engines)
-        return MatchAnswer(tuple(matches), unknown).among(engines)
+        return MatchAnswer.joined(matched, unknown).among(engines)
 
     async def holders(self, model: str, keys: Sequence[int]) -> tuple[tuple[Holder, ...], ...]:
         windows = [keys[start : start + WINDOW_FIRST] for start in range(0, len(keys), WINDOW_FIRST)]

@@ -167,7 +167,7 @@ class Healing:
         neighbours = traffic.awaited > 0 or now - traffic.ended_at < RACE_S
         plan = Plan([engine.groups()])
         masks = self._residency.masks(keys) if plan.needs_all else self._residency.leading_masks(keys)
-        known = sum(match.blocks for match in plan.match(masks))
+        known = sum(plan.match(masks).blocks().values())
         heals = _may_be_wrong_for_good(engine)
         awaited = self._awaited[routed.request_id] = _Awaited(
             engine,

@@ -19,7 +19,7 @@ from kvatlas_common.events.decode import decode_batch, decode_topic
 from kvatlas_common.events.types import EventBatch, MalformedBatch, RejectedEvent, Rejection
 from kvatlas_common.findings import Finding
 from kvatlas_common.fleet import Adapter, EngineView, Fleet, Health
-from kvatlas_common.matching import EngineMatch, Holder, MatchAnswer, PromptKeys, Prompts
+from kvatlas_common.matching import Holder, MatchAnswer, PromptKeys, Prompts
 from kvatlas_common.words import EngineId
 from kvatlas_indexer.core.claims import Claims, refused
 from kvatlas_indexer.core.commands import Command, Replay, Rules, StopReplay
@@ -249,18 +249,17 @@ class KvIndex:
     def match(self, model: str, prompts: Prompts, engines: Collection[EngineId] = ()) -> MatchAnswer:
         """`prompts`: profile name -> block keys. Raises `UnknownModel`."""
         plan = self._plan(model)
-        found: list[EngineMatch] = []
-        unknown = plan.unknown
+        found, unknown = list[MatchAnswer](), plan.unknown
         for profile, of_profile in plan.by_profile.items():
             if (keys := prompts.get(profile)) is not None:
-                found += self._matched(of_profile, keys)
+                found.append(self._matched(of_profile, keys))
             else:
                 unknown += tuple(of_profile.engines)
-        return MatchAnswer(tuple(found), unknown).among(engines)
+        return MatchAnswer.joined(found, unknown).among(engines)
 
-    def _matched(self, plan: Plan, keys: PromptKeys) -> list[EngineMatch]:
+    def _matched(self, plan: Plan, keys: PromptKeys) -> MatchAnswer:
         if (bits := plan.simple) is not None:
-            return plan.matched(self.residency.fall_outs(keys, bits))
+            return MatchAnswer(plain=plan.matched(self.residency.fall_outs(keys, bits)))
         return plan.match(self.residency.masks(keys) if plan.needs_all else self.residency.leading_masks(keys))
 
     def holders(self, model: str, key: int) -> tuple[Holder, ...]:

@@ -5,7 +5,7 @@ holds the last ceil((window - 1) / block_size) blocks before N (all of them wher
 when any of its media does. Speculative decoding drops the last block of the hit.
 Source: vLLM 0.32 `v1/core/single_type_kv_cache_manager.py`, `v1/core/kv_cache_coordinator.py`.
 
-Nearly all engines have one full-attention group on one medium: one bit. They are followed all at once, an AND a block;
+Nearly all engines have one full-attention group, on the GPU: one bit. They are followed all at once, an AND a block;
 only where a bit falls out is anything done. The others (hybrid, tiered, or with doubtful entries) are done one by one,
 over the runs of blocks that have the same holders.
 """
@@ -18,7 +18,7 @@ from enum import Enum
 from itertools import groupby
 from typing import TypeAlias
 
-from kvatlas_common.matching import EngineMatch
+from kvatlas_common.matching import EngineMatch, MatchAnswer, PlainMatches
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core.slots import Place
 
@@ -88,8 +88,6 @@ class _Careful:
     doubtful: int
 
 
-_new = tuple.__new__  # what a NamedTuple calls, without the function around it
-
 Run: TypeAlias = tuple[int, int, int]
 """(holders, first block, end): consecutive blocks of the prompt with the same holders."""
 
@@ -98,7 +96,7 @@ class Plan:
     """What matching needs to know of a set of engines; good until the residency's version changes."""
 
     def __init__(self, engines: Iterable[EngineGroups]) -> None:
-        self._simple: dict[int, tuple[EngineId, bool, Medium, int]] = {}
+        self._simple: dict[int, tuple[EngineId, bool, int]] = {}
         self._careful: list[_Careful] = []
         self.engines: list[EngineId] = []
         """All it was made of, also those that hold nothing."""
@@ -121,8 +119,8 @@ class Plan:
         if not asked or any(group not in lanes for group in asked):
             return  # a group that must hold something holds nothing: neither does the engine
         ((_, medium), place), *more = groups.places.items()
-        if not more and not windows and not place.doubts:
-            self._simple[place.live.index] = (groups.engine, groups.exact, medium, groups.drop_last_blocks)
+        if medium is Medium.GPU and not more and not windows and not place.doubts:
+            self._simple[place.live.index] = (groups.engine, groups.exact, groups.drop_last_blocks)
             return
         telling = {medium: place for (group, medium), place in groups.places.items() if group == asked[0]}
         self._careful.append(
@@ -140,28 +138,29 @@ class Plan:
         """A bit per engine, if one bit tells all there is to know of every engine: `matched` is then enough."""
         return None if self._careful else self._simple_mask
 
-    def match(self, masks: Sequence[int]) -> list[EngineMatch]:
+    def match(self, masks: Sequence[int]) -> MatchAnswer:
         """`masks[i]`: the holders of the prompt's block i. Engines that would serve nothing are left out."""
-        found = self.matched(_fall_outs(masks, self._simple_mask))
-        if self._careful:
-            runs = list(_runs(masks))
-            found += [match for careful in self._careful if (match := _match_careful(careful, runs)).blocks]
-        return found
+        runs = list(_runs(masks)) if self._careful else []
+        careful = [match for careful in self._careful if (match := _match_careful(careful, runs)).blocks]
+        return MatchAnswer(tuple(careful), plain=self.matched(_fall_outs(masks, self._simple_mask)))
 
-    def matched(self, fall_outs: Iterable[tuple[int, int]]) -> list[EngineMatch]:
+    def matched(self, fall_outs: Iterable[tuple[int, int]]) -> PlainMatches:
         """`fall_outs`: after how many leading blocks which engines' bits are missing."""
-        found: list[EngineMatch] = []  # `list[...]()` would take a microsecond
         simple = self._simple
+        engines: list[EngineId] = []  # `list[...]()` would take a microsecond
+        all_blocks: list[int] = []
+        exacts: list[bool] = []
         for depth, fallen in fall_outs:
             bits = fallen if depth else 0
             while bits:
                 index = bits.bit_length() - 1
                 bits ^= 1 << index
-                engine, exact, medium, dropped = simple[index]
+                engine, exact, dropped = simple[index]
                 if depth > dropped:
-                    blocks = depth - dropped
-                    found.append(_new(EngineMatch, (engine, blocks, {medium: blocks}, exact, 0, 0)))
-        return found
+                    engines.append(engine)
+                    all_blocks.append(depth - dropped)
+                    exacts.append(exact)
+        return PlainMatches(engines, all_blocks, exacts)
 
 
 def _fall_outs(masks: Sequence[int], bits: int) -> Iterator[tuple[int, int]]:

@@ -93,18 +93,16 @@ class Routing:
                     expected[engine] = blocks
         if not expected:
             return answer
-        matches = [
-            match._replace(expected=blocks) if (blocks := expected.pop(match.engine, 0)) > match.blocks else match
-            for match in answer.matches
+        answer = answer.expecting(expected)
+        left = expected.keys() - answer.blocks().keys() - frozenset(answer.unknown)
+        if not left:
+            return answer
+        nothing_yet = [
+            EngineMatch(view.id, 0, {}, view.sync is Sync.EXACT, expected=expected[view.id])
+            for view in _asked(fleet, model, engines)
+            if view.id in left
         ]
-        if expected:
-            unknown = frozenset(answer.unknown)
-            matches += [
-                EngineMatch(view.id, 0, {}, view.sync is Sync.EXACT, expected=expected[view.id])
-                for view in _asked(fleet, model, engines)
-                if view.id in expected and view.id not in unknown
-            ]
-        return MatchAnswer(tuple(matches), answer.unknown)
+        return MatchAnswer((*answer.listed, *nothing_yet), answer.unknown, answer.plain)
 
 
 def _asked(fleet: Fleet, model: str, engines: Collection[EngineId]) -> Iterable[EngineView]:

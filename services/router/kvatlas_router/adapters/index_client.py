@@ -35,7 +35,6 @@ from kvatlas_common.wire import (
     match_answer,
     match_request,
     observation_message,
-    unpacked_match_answer,
 )
 from kvatlas_common.words import EngineId
 from kvatlas_router.adapters import background
@@ -116,9 +115,10 @@ class Shard:
     async def match(self, request: pb.MatchRequest, timeout_s: float) -> MatchAnswer:
         try:
             if self._stream.up:
-                answer = unpacked_match_answer(await self._stream.match(request, timeout_s))
+                response = await self._stream.match(request, timeout_s)
             else:
-                answer = match_answer(await self._stub.Match(request, timeout=timeout_s))
+                response = await self._stub.Match(request, timeout=timeout_s)
+            answer = match_answer(response)
         except Refused as refused:
             raise self._failure(refused.code, refused.details) from None
         except grpc.aio.AioRpcError as error:

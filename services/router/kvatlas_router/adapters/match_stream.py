@@ -46,8 +46,8 @@ class MatchStream:
     def up(self) -> bool:
         return self._asked is not None
 
-    async def match(self, request: pb.MatchRequest, timeout_s: float) -> bytes:
-        """The `MatchResponse`, packed. While it is up. Raises `Refused`, also if the stream is lost or time is over."""
+    async def match(self, request: pb.MatchRequest, timeout_s: float) -> pb.MatchResponse:
+        """While it is up. Raises `Refused`, also if the stream is lost or time is over."""
         assert self._asked is not None
         self._number = number = self._number + 1
         answered: asyncio.Future[pb.StreamedMatchAnswer] = asyncio.get_running_loop().create_future()
@@ -65,7 +65,7 @@ class MatchStream:
         if answer.HasField("refusal"):
             refusal = answer.refusal
             raise Refused(_CODES.get(refusal.code, grpc.StatusCode.UNKNOWN), refusal.details)
-        response: bytes = answer.response
+        response: pb.MatchResponse = answer.response
         return response
 
     async def run(self) -> None:

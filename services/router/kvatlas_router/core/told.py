@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import count
 
 import numpy as np
 
 from kvatlas_common.fleet import EngineView
 from kvatlas_common.history import ESTIMATE_PROFILE
 from kvatlas_common.matching import EngineMatch, MatchAnswer
-from kvatlas_common.words import EngineId, Medium
+from kvatlas_common.words import EngineId
 from kvatlas_router.core.ask import Ask
 from kvatlas_router.core.candidates import Candidate, Candidates, EngineState, Line
 from kvatlas_router.core.cost import Floats
 
 _BLOCK_OF_GUESSES = ESTIMATE_PROFILE.block_size
-_GPU_ALONE = (Medium.GPU,)  # where nearly all of what is held is
 
 
 class Told:
@@ -27,10 +27,13 @@ class Told:
         self, ask: Ask, answer: MatchAnswer | None, lately: Mapping[EngineId, int], *, guessed: bool = False
     ) -> None:
         self._keys = ask.keys
-        self._matches = {match.engine: match for match in answer.matches} if answer is not None else {}
-        self._unknown = frozenset(answer.unknown) if answer is not None else frozenset()
+        answer, asked = answer or MatchAnswer(), answer is not None
+        self._plain = answer.plain
+        self._places = dict(zip(self._plain.engines, count()))
+        self._listed = {match.engine: match for match in answer.listed}
+        self._unknown = frozenset(answer.unknown)
         self._lately = lately
-        self._asked = answer is not None and not guessed
+        self._asked = asked and not guessed
 
     def candidates(self, line: Line) -> Candidates:
         """Those of these engines."""
@@ -43,7 +46,7 @@ class Told:
 
     def candidate(self, state: EngineState, crowding: float) -> Candidate:
         view = state.view
-        match = self._matches.get(view.id)
+        match = self._match(view.id)
         if self._asked:  # about each with its own profile
             known = view.id not in self._unknown if view.profile in self._keys else view.known_empty
         else:
@@ -53,23 +56,24 @@ class Told:
     def held(self, line: Line) -> tuple[Floats, Floats | None]:
         """`Candidate.cached_tokens` and `moved_s` of all: of most engines nothing is said, so that both are 0."""
         cached_tokens, moved_s = np.zeros(len(line.states)), None
-        where, states, matches, lately = line.places.get, line.states, self._matches, self._lately
-        for engine, match in matches.items():
+        where, states = line.places.get, line.states
+        for engine, blocks in zip(self._plain.engines, self._plain.blocks, strict=True):
             place = where(engine)
-            if place is None:
-                continue
-            if lately or (*match.media,) != _GPU_ALONE:
-                candidate = self.candidate(states[place], 0.0)
-                moved_s = np.zeros(len(line.states)) if moved_s is None else moved_s
-                cached_tokens[place], moved_s[place] = candidate.cached_tokens, candidate.moved_s
-            else:
-                blocks = match.expected if match.expected > match.blocks else match.blocks
+            if place is not None:
                 cached_tokens[place] = blocks * self._block_size(states[place].view)
-        for engine in lately:
+        for engine in (*self._listed, *self._lately):
             place = where(engine)
-            if place is not None and engine not in matches:
-                cached_tokens[place] = self.candidate(states[place], 0.0).cached_tokens
+            if place is not None:
+                candidate = self.candidate(states[place], 0.0)
+                cached_tokens[place] = candidate.cached_tokens
+                if candidate.transferred():
+                    moved_s = np.zeros(len(states)) if moved_s is None else moved_s
+                    moved_s[place] = candidate.moved_s
         return cached_tokens, moved_s
+
+    def _match(self, engine: EngineId) -> EngineMatch | None:
+        place = self._places.get(engine)
+        return self._listed.get(engine) if place is None else self._plain.at(place)
 
     def _expected(self, engine: EngineId, match: EngineMatch | None) -> int:
         """Blocks."""

@@ -86,8 +86,8 @@ def test_a_match_says_how_many_where_and_how_sure() -> None:
     world.store(E2, LATER, PROMPT[: 2 * SIZE], seq=7)
     keys = prompt_keys(LATER, [*PROMPT, 0]).tolist()
     found = {match.engine: match for match in world.index.match("m", {LATER.name: keys}).matches}
-    assert found[E1] == EngineMatch(E1, 5, {Medium.GPU: 5}, exact=True)
-    assert found[E2] == EngineMatch(E2, 2, {Medium.GPU: 2}, exact=False)
+    assert found[E1] == EngineMatch(E1, 5, {Medium.GPU: 5}, exact=True, expected=5)
+    assert found[E2] == EngineMatch(E2, 2, {Medium.GPU: 2}, exact=False, expected=2)
     only = world.index.match("m", {LATER.name: keys}, [E2])
     assert [m.engine for m in only.matches] == [E2]
     assert world.index.holders("m", keys[0]) == (Holder(E1, 0, Medium.GPU, 1), Holder(E2, 0, Medium.GPU, 1))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvatlas_common.matching import EngineMatch
+from kvatlas_common.matching import EngineMatch, MatchAnswer
 from kvatlas_common.words import EngineId, Medium
 from kvatlas_indexer.core.match import EngineGroups, GroupRule, Kind, Plan
 from kvatlas_indexer.core.residency import Residency
@@ -85,14 +85,16 @@ def test_every_engine_is_matched_by_the_rule(engines: list[Case], length: int) -
     residency.store(EngineId("gone:1"), 0, GPU, PROMPT)
     plan = Plan([case.groups(engine, residency) for engine, case in zip(ids, engines, strict=True)])
     residency.clear(EngineId("gone:1"))
-    found = {match.engine: match for match in plan.match(residency.masks(PROMPT[:length]))}
+    found = {match.engine: match for match in plan.match(residency.masks(PROMPT[:length])).matches}
     assert {e: m.blocks for e, m in found.items()} == {
         e: hit for e, case in zip(ids, engines, strict=True) if (hit := naive(case, length))
     }
     if not plan.needs_all:
-        assert plan.match(residency.leading_masks(PROMPT[:length])) == list(found.values())
+        assert plan.match(residency.leading_masks(PROMPT[:length])).matches == (*found.values(),)
     if plan.simple is not None:  # in one pass
-        assert plan.matched(residency.fall_outs(PROMPT[:length], plan.simple)) == list(found.values())
+        assert MatchAnswer(plain=plan.matched(residency.fall_outs(PROMPT[:length], plan.simple))).matches == (
+            *found.values(),
+        )
     for engine, case in zip(ids, engines, strict=True):
         if (match := found.get(engine)) is not None:
             assert sum(match.media.values()) == match.blocks
@@ -124,7 +126,7 @@ def test_the_nearest_medium_of_a_block_counts() -> None:
     residency.store(E1, 0, GPU, PROMPT[:3])
     residency.store(E1, 0, CPU, PROMPT[:5])
     residency.store(E1, 0, Medium.STORAGE, PROMPT[5:6])
-    (match,) = plan_of(residency, E1, {0: FULL}).match(residency.masks(PROMPT))
+    (match,) = plan_of(residency, E1, {0: FULL}).match(residency.masks(PROMPT)).matches
     assert match == EngineMatch(E1, 6, {GPU: 3, CPU: 2, Medium.STORAGE: 1}, exact=True)
 
 
@@ -133,33 +135,33 @@ def test_an_engine_with_sliding_windows_only_needs_the_last_blocks_only() -> Non
     residency.store(E1, 0, GPU, PROMPT[4:7])
     plan = plan_of(residency, E1, {0: window(33)})
     assert plan.needs_all
-    (match,) = plan.match(residency.masks(PROMPT))
+    (match,) = plan.match(residency.masks(PROMPT)).matches
     assert (match.blocks, match.media) == (7, {GPU: 7})
 
 
 def test_a_window_group_that_holds_nothing_serves_nothing() -> None:
     residency = Residency()
     residency.store(E1, 0, GPU, PROMPT)
-    assert plan_of(residency, E1, {0: FULL, 1: window(33)}).match(residency.masks(PROMPT)) == []
+    assert plan_of(residency, E1, {0: FULL, 1: window(33)}).match(residency.masks(PROMPT)) == MatchAnswer()
 
 
 def test_a_second_full_attention_group_that_holds_nothing_serves_nothing() -> None:
     residency = Residency()
     residency.store(E1, 0, GPU, PROMPT)
-    assert plan_of(residency, E1, {0: FULL, 1: FULL}).match(residency.masks(PROMPT)) == []
+    assert plan_of(residency, E1, {0: FULL, 1: FULL}).match(residency.masks(PROMPT)) == MatchAnswer()
 
 
 def test_speculative_decoding_drops_the_last_block() -> None:
     residency = Residency()
     residency.store(E1, 0, GPU, PROMPT[:4])
-    assert plan_of(residency, E1, {0: FULL}, dropped=1).match(residency.masks(PROMPT))[0].blocks == 3
-    assert plan_of(residency, E1, {0: FULL}, dropped=4).match(residency.masks(PROMPT)) == []
+    assert plan_of(residency, E1, {0: FULL}, dropped=1).match(residency.masks(PROMPT)).matches[0].blocks == 3
+    assert plan_of(residency, E1, {0: FULL}, dropped=4).match(residency.masks(PROMPT)) == MatchAnswer()
 
 
 def test_an_empty_prompt_matches_nobody() -> None:
     residency = Residency()
     residency.store(E1, 0, GPU, PROMPT)
-    assert plan_of(residency, E1, {0: FULL}).match([]) == []
+    assert plan_of(residency, E1, {0: FULL}).match([]) == MatchAnswer()
 
 
 @pytest.mark.parametrize(

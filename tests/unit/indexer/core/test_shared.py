@@ -107,7 +107,7 @@ def test_as_the_residency_itself_would_answer(script: list[tuple[str, EngineId, 
     plan = Plan([EngineGroups(e, True, residency.places(e), RULES, 16) for e in (A, B)])
     (shared,) = fleet.plan("m")[0].values()
     found = [values[key] or None for key in KEYS]
-    by_engine = {match.engine: match for match in plan.match(residency.masks(KEYS))}
-    assert {match.engine: match for match in shared.match(fleet.masks(found))} == by_engine
+    by_engine = {match.engine: match for match in plan.match(residency.masks(KEYS)).matches}
+    assert {match.engine: match for match in shared.match(fleet.masks(found)).matches} == by_engine
     for key in KEYS:
         assert set(fleet.holders("m", values[key])) == set(residency.holders(key))

@@ -15,16 +15,18 @@ class PromptKeys(_message.Message):
     def __init__(self, profile: _Optional[str] = ..., keys: _Optional[bytes] = ...) -> None: ...
 
 class MatchRequest(_message.Message):
-    __slots__ = ("model", "prompts", "engines", "estimate")
+    __slots__ = ("model", "prompts", "engines", "estimate", "reads_plain")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     ESTIMATE_FIELD_NUMBER: _ClassVar[int]
+    READS_PLAIN_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompts: _containers.RepeatedCompositeFieldContainer[PromptKeys]
     engines: _containers.RepeatedScalarFieldContainer[str]
     estimate: bool
-    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[PromptKeys, _Mapping]]] = ..., engines: _Optional[_Iterable[str]] = ..., estimate: _Optional[bool] = ...) -> None: ...
+    reads_plain: bool
+    def __init__(self, model: _Optional[str] = ..., prompts: _Optional[_Iterable[_Union[PromptKeys, _Mapping]]] = ..., engines: _Optional[_Iterable[str]] = ..., estimate: _Optional[bool] = ..., reads_plain: _Optional[bool] = ...) -> None: ...
 
 class MediumBlocks(_message.Message):
     __slots__ = ("medium", "blocks")
@@ -50,13 +52,25 @@ class EngineMatch(_message.Message):
     expected: int
     def __init__(self, engine: _Optional[str] = ..., blocks: _Optional[int] = ..., media: _Optional[_Iterable[_Union[MediumBlocks, _Mapping]]] = ..., exact: _Optional[bool] = ..., doubtful: _Optional[int] = ..., expected: _Optional[int] = ...) -> None: ...
 
+class PlainMatches(_message.Message):
+    __slots__ = ("engines", "blocks", "inexact")
+    ENGINES_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    INEXACT_FIELD_NUMBER: _ClassVar[int]
+    engines: _containers.RepeatedScalarFieldContainer[str]
+    blocks: _containers.RepeatedScalarFieldContainer[int]
+    inexact: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, engines: _Optional[_Iterable[str]] = ..., blocks: _Optional[_Iterable[int]] = ..., inexact: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class MatchResponse(_message.Message):
-    __slots__ = ("engines", "unknown")
+    __slots__ = ("engines", "unknown", "plain")
     ENGINES_FIELD_NUMBER: _ClassVar[int]
     UNKNOWN_FIELD_NUMBER: _ClassVar[int]
+    PLAIN_FIELD_NUMBER: _ClassVar[int]
     engines: _containers.RepeatedCompositeFieldContainer[EngineMatch]
     unknown: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, engines: _Optional[_Iterable[_Union[EngineMatch, _Mapping]]] = ..., unknown: _Optional[_Iterable[str]] = ...) -> None: ...
+    plain: PlainMatches
+    def __init__(self, engines: _Optional[_Iterable[_Union[EngineMatch, _Mapping]]] = ..., unknown: _Optional[_Iterable[str]] = ..., plain: _Optional[_Union[PlainMatches, _Mapping]] = ...) -> None: ...
 
 class StreamedMatch(_message.Message):
     __slots__ = ("id", "request")
@@ -72,9 +86,9 @@ class StreamedMatchAnswer(_message.Message):
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     id: int
-    response: bytes
+    response: MatchResponse
     refusal: Refusal
-    def __init__(self, id: _Optional[int] = ..., response: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., response: _Optional[_Union[MatchResponse, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "details")
