@@ -12,7 +12,7 @@ SCRIPT = "import kvatlas_common, os; print(os.environ.get('GRPC_EXPERIMENTS', ''
 
 
 @pytest.mark.parametrize(
-    ("given", "used"), [(None, "-event_engine_client"), ("chttp2_new_stream", "chttp2_new_stream")]
+    ("given", "used"), [(None, "-event_engine_client"), ("event_engine_client", "event_engine_client")]
 )
 def test_without_the_event_engine_unless_somebody_wants_something_else(given: str | None, used: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "GRPC_EXPERIMENTS"}
