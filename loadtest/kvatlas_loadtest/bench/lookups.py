@@ -74,6 +74,10 @@ class Held:
         return Held(self.prompts[:first], self.depths[:first]), Held(self.prompts[first:], self.depths[first:])
 
     @property
+    def engines(self) -> int:
+        return len(self.depths[0])
+
+    @property
     def blocks(self) -> int:
         return sum(map(sum, self.depths))
 
@@ -133,16 +137,16 @@ async def indexed(folder: Path, held: Held, store: str) -> AsyncIterator[tuple[S
     """An indexer that knows what is held, a client of it, and what the engines are called."""
     async with AsyncExitStack() as stack:
         enter = stack.enter_async_context
-        stubs = await enter(stub_engines(folder, ENGINES))
+        stubs = await enter(stub_engines(folder, held.engines))
         made = await enter(feeds(stubs.addresses))
         flags = [*hash_flags(BLOCK), *(flag for feed in made for flag in feed.flags)]
         if store == "redis":
             flags += ["--store", (await enter(valkey(folder))).url]
         service = await enter(indexer(folder, *flags))
         shard = await enter(client(service))
-        await begin(made, [service] * ENGINES, BLOCK)
+        await begin(made, [service] * held.engines, BLOCK)
         await tell(made, held)
-        await taken_in(held.blocks + ENGINES, made, [service])
+        await taken_in(held.blocks + held.engines, made, [service])
         last = requests(held)[-1]
         await until(lambda: _answers(shard, last, sum(1 for d in held.depths[-1] if d)), "all to be looked up")
         yield service, shard, [feed.address for feed in made]

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import uvloop
+
 from kvatlas_loadtest.bench import dynamo
 from kvatlas_loadtest.bench.rows import Options, Row, failed
 
@@ -62,6 +64,7 @@ MEASUREMENTS = (
         ("grpc_match_memory_p50_ms",),
         beside=("grpc_match_memory_of_dynamo", "grpc_match_tokens_of_dynamo"),
     ),
+    Measurement("grpc_fleet", "beside:fleet_rows", ()),
     Measurement("grpc_redis", "lookups:redis_rows", ("grpc_match_redis_p50_ms",)),
     Measurement("wide", "lookups:wide_rows", ("match_redis_wide_ms",)),
     Measurement(
@@ -100,8 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true")
     asked = parser.parse_args(argv)
     (measurement,) = chosen([asked.name])
-    with tempfile.TemporaryDirectory(prefix="kvatlas-bench-") as folder:
-        rows = asyncio.run(measurement.run(Options(Path(folder), asked.quick)))
+    with (
+        tempfile.TemporaryDirectory(prefix="kvatlas-bench-") as folder,
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,  # as what asks has in a router
+    ):
+        rows = runner.run(measurement.run(Options(Path(folder), asked.quick)))
     json.dump(rows, sys.stdout)
     return 0
 
