@@ -5,17 +5,18 @@ Values are the records of `core.projection.RECORD`: 5 bytes a holder, slot numbe
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvatlas_indexer.adapters.ahead import ahead
 from kvatlas_indexer.adapters.redis_client import RedisClient, Request
 from kvatlas_indexer.adapters.redis_packing import BlockKeys, Keys, bulk, command, head
 
 RECORDS = np.dtype([("number", ">u4"), ("copies", "u1")])
+_END = b"0"
 SCAN_COUNT = 2000
 """Keys looked at in one SCAN: about a millisecond of the server's time."""
 
@@ -40,11 +41,10 @@ class Holders:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Blocks one SCAN came upon. `cursor`: where the next goes on, b"0" at the end."""
+    """Blocks one SCAN came upon."""
 
     keys: Keys
     values: list[bytes | None]
-    cursor: bytes
 
 
 def block_keys(client: RedisClient, partition: int) -> BlockKeys:
@@ -63,28 +63,27 @@ def mget_command(blocks: BlockKeys, keys: Keys, *others: bytes) -> bytes:
 async def all_blocks(client: RedisClient, partition: int) -> AsyncIterator[Batch]:
     """Every block of a partition, in batches; a block may come twice. Raises `StoreUnavailable`.
 
-    The next batch is looked for while this one is read.
+    While one batch is worked on the next is read, and the one after it looked for: neither side waits for the other.
     """
+    async with ahead(_names(client, partition)) as names, ahead(_batches(client, partition, names)) as batches:
+        async for batch in batches:
+            yield batch
+
+
+async def _names(client: RedisClient, partition: int) -> AsyncGenerator[list[bytes], None]:
+    cursor = b""
+    while cursor != _END:
+        scan = scan_command(client, partition, cursor or _END)
+        (((cursor, names),),) = await client.round([Request(partition, [scan])])
+        yield names
+
+
+async def _batches(
+    client: RedisClient, partition: int, names: AsyncIterator[list[bytes]]
+) -> AsyncGenerator[Batch, None]:
     blocks = block_keys(client, partition)
-    cursor, names = await _scanned(client, partition, b"0")
-    while True:
-        keys = blocks.keys(names)
-        data, replies = [], 0
+    async for some in names:
+        keys = blocks.keys(some)
         if len(keys):
-            data, replies = [mget_command(blocks, keys)], 1
-        if ended := cursor == b"0":
-            names = []
-        else:
-            data, replies = [*data, scan_command(client, partition, cursor)], replies + 1
-        answers: list[Any] = (await client.round([Request(partition, data, replies)]))[0] if data else []
-        values: list[bytes | None] = answers[0] if len(keys) else []
-        if not ended:
-            cursor, names = answers[-1]
-        yield Batch(keys, values, b"0" if ended else cursor)
-        if ended:
-            return
-
-
-async def _scanned(client: RedisClient, partition: int, cursor: bytes) -> tuple[bytes, list[bytes]]:
-    ((reply,),) = await client.round([Request(partition, [scan_command(client, partition, cursor)])])
-    return reply[0], reply[1]
+            ((values,),) = await client.round([Request(partition, [mget_command(blocks, keys)])])
+            yield Batch(keys, values)
