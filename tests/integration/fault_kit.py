@@ -22,6 +22,7 @@ from kvatlas_common.events.types import AllBlocksCleared, BlockStored
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.texts import WORDS
 from kvatlas_loadtest.time_model import TimeModel
+from tests.integration.engine_kit import simulated_engine
 from tests.integration.processes import DEADLINE_S, Router, labelled, until
 
 CHAT = "/v1/chat/completions"
@@ -288,9 +289,7 @@ async def simulated(*configs: EngineConfig) -> AsyncIterator[list[SimulatedEngin
     async with contextlib.AsyncExitStack() as stack:
         engines: list[SimulatedEngine] = []
         for config in configs:
-            first = engines[0] if engines else None
-            made = SimulatedEngine(config, first.prompter if first else None, first.vocabulary if first else None)
-            engines.append(await stack.enter_async_context(made))
+            engines.append(await stack.enter_async_context(simulated_engine(config)))
         yield engines
 
 

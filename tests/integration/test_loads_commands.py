@@ -15,6 +15,7 @@ from kvatlas_loadtest.loads.document import load
 from kvatlas_loadtest.loads.outcomes import from_json
 from kvatlas_loadtest.loads.workloads import workload
 from kvatlas_loadtest.time_model import NO_TIME
+from tests.integration.engine_kit import simulated_engine
 
 DEADLINE_S = 120.0
 
@@ -76,7 +77,7 @@ def target(engine: SimulatedEngine) -> list[str]:
 
 async def test_a_load_on_a_server(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    async with SimulatedEngine(EngineConfig(time_model=NO_TIME, events_endpoint=None)) as engine:
+    async with simulated_engine(EngineConfig(time_model=NO_TIME, events_endpoint=None)) as engine:
         options = ["--scale=0.01", "--slower=0.2", "--header", "authorization: secret", f"--json={file}"]
         status, out, _ = await ended(await started(*target(engine), *options))
     requests = len(workload("hot-prefix", seed=1, scale=0.01))
@@ -90,7 +91,7 @@ async def test_a_load_on_a_server(tmp_path: Path) -> None:
 
 
 async def test_a_load_that_is_interrupted_reports_what_it_has() -> None:
-    async with SimulatedEngine(EngineConfig(time_model=NO_TIME, events_endpoint=None)) as engine:
+    async with simulated_engine(EngineConfig(time_model=NO_TIME, events_endpoint=None)) as engine:
         process = await started(*target(engine), "--slower=10", "--completions")
         async with asyncio.timeout(DEADLINE_S):
             while not engine.block_table():

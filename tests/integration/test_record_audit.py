@@ -36,6 +36,7 @@ from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.texts import WORDS
 from kvatlas_loadtest.time_model import NO_TIME
+from tests.integration.engine_kit import simulated_engine
 
 DEADLINE_S = 40.0
 ADAPTERS = (Adapter("ada", "/srv/adapters/ada", 1), Adapter("bob", "/srv/adapters/bob", 2))
@@ -98,7 +99,7 @@ def audited(folder: Path) -> audit.Report:
 
 
 async def test_a_generated_workload_with_adapters_salts_and_evictions_is_exact(tmp_path: Path) -> None:
-    async with SimulatedEngine(config(adapters=ADAPTERS)) as engine:
+    async with simulated_engine(config(adapters=ADAPTERS)) as engine:
         replay = ["--replay", engine.replay_endpoint or ""]  # whoever subscribes may miss the first message
         made = await recorded(tmp_path / "c", *where(engine), *replay, "--generate", "40")
     assert made.status == 0, made.screen
@@ -114,7 +115,7 @@ async def test_a_generated_workload_with_adapters_salts_and_evictions_is_exact(t
 
 async def test_an_engine_of_two_ranks_that_connects(tmp_path: Path) -> None:
     port = _two_free_ports()
-    async with SimulatedEngine(config(events_endpoint=f"tcp://127.0.0.1:{port}", data_parallel_size=2)) as engine:
+    async with simulated_engine(config(events_endpoint=f"tcp://127.0.0.1:{port}", data_parallel_size=2)) as engine:
         listen = ["--engine", f"{engine.url},ranks=2", "--zmq-listen", f"tcp://127.0.0.1:{port}"]
         made = await recorded(tmp_path / "c", *listen, "--generate", "30")
     assert made.status == 0, made.screen
@@ -129,7 +130,7 @@ async def test_an_engine_of_two_ranks_that_connects(tmp_path: Path) -> None:
 async def test_an_engine_that_served_before(tmp_path: Path, how: str) -> None:
     before = words(1, 200)
     (tmp_path / "requests.jsonl").write_text(json.dumps({"body": {"model": "tiny", "prompt": before, "max_tokens": 1}}))
-    async with SimulatedEngine(config()) as engine:
+    async with simulated_engine(config()) as engine:
         await ask(engine, before)
         more = {"replay": ["--replay", engine.replay_endpoint or ""], "reset": ["--reset"], "neither": []}[how]
         made = await recorded(tmp_path / "c", *where(engine), "--requests", str(tmp_path / "requests.jsonl"), *more)
@@ -155,7 +156,7 @@ async def test_live_traffic_is_recorded_until_interrupted(tmp_path: Path) -> Non
         return {"model": "tiny", "messages": messages, "max_tokens": 8, **(streamed if number % 2 == 0 else {})}
 
     async with (
-        SimulatedEngine(config()) as engine,
+        simulated_engine(config()) as engine,
         aiohttp.ClientSession() as client,
         recording(tmp_path / "c", *where(engine), "--listen", "127.0.0.1:0") as process,
     ):
@@ -241,7 +242,7 @@ async def served(handle: Callable[[web.Request], Awaitable[web.StreamResponse]])
 
 
 async def test_an_engine_that_publishes_nothing_is_named_with_the_cure(tmp_path: Path) -> None:
-    async with SimulatedEngine(config(events_endpoint=None)) as engine:
+    async with simulated_engine(config(events_endpoint=None)) as engine:
         with socket.create_server(("127.0.0.1", 0)) as nobody:
             events = f"tcp://127.0.0.1:{nobody.getsockname()[1]}"
             async with bench(tmp_path, engine.url, events, replace(QUICK, first_s=0.1)) as it:
@@ -260,7 +261,7 @@ async def test_an_engine_that_is_not_there(tmp_path: Path) -> None:
 
 async def test_an_engine_that_hides_its_cached_tokens_is_warned_of(tmp_path: Path) -> None:
     """As vLLM without --enable-prompt-tokens-details."""
-    async with SimulatedEngine(config()) as engine, aiohttp.ClientSession() as client:
+    async with simulated_engine(config()) as engine, aiohttp.ClientSession() as client:
 
         async def without_details(request: web.Request) -> web.StreamResponse:
             async with client.request(request.method, engine.url + request.path, data=await request.read()) as answer:

@@ -22,8 +22,9 @@ from kvatlas_common.fleet import Sync
 from kvatlas_common.tracing import Tracing, open_tracing
 from kvatlas_indexer.app import Indexer
 from kvatlas_indexer.settings import IndexerSettings
-from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
+from kvatlas_loadtest.engine import EngineConfig
 from kvatlas_loadtest.valkey import Valkey
+from tests.integration.engine_kit import simulated_engine
 from tests.integration.redis_kit import fresh_prefix
 from tests.integration.router_kit import (
     CHAT,
@@ -73,7 +74,7 @@ class Spans(SpanExporter):
 @asynccontextmanager
 async def system(spans: Spans, *, store: Sequence[str] = ()) -> AsyncIterator[Running]:
     async with AsyncExitStack() as stack:
-        engine = SimulatedEngine(EngineConfig(), tracer=spans.tracing.tracer)
+        engine = simulated_engine(EngineConfig(), tracer=spans.tracing.tracer)
         await stack.enter_async_context(engine)
         argv = ["--engine", f"{engine.address},events={engine.events_endpoint},replay={engine.replay_endpoint}"]
         indexer = Indexer(IndexerSettings.load([*argv, *FREE, *store], {}), environ={}, tracing=spans.tracing)
