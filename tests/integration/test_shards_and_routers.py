@@ -60,7 +60,7 @@ async def test_up_keeps_its_index_where_it_is_told_and_finds_it_there(single: Va
         options = [*flags(engine), *ports, *store]
         body = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 1}
         for life in ("first", "second"):
-            async with router(tmp_path, life, *options, indexer="127.0.0.1:9", command="up") as up:
+            async with router(tmp_path, life, *options, indexer="127.0.0.1:9", command="up", fresh=True) as up:
 
                 async def predicted(url: str = up.url) -> int:
                     async with http.post(f"{url}/v1/completions", json=body) as response:
