@@ -20,10 +20,16 @@ _CONTEXT.set_forkserver_preload(["kvatlas_cli.up", "kvatlas_indexer.__main__", "
 
 
 class Forked:
-    """`python -m` with this command, to be used as a `Popen`. It ends with this process at the latest."""
+    """`python -m` with this command, to be used as a `Popen`. It ends with this process at the latest.
 
-    def __init__(self, command: Sequence[str], output: Path, environ: Mapping[str, str]) -> None:
-        self._process = _CONTEXT.Process(target=_run, args=(list(command), output, dict(environ)), daemon=True)
+    `errors`: where the standard error goes; None: to the `output`, too.
+    """
+
+    def __init__(
+        self, command: Sequence[str], output: Path, environ: Mapping[str, str], errors: Path | None = None
+    ) -> None:
+        files = (output, errors or output)
+        self._process = _CONTEXT.Process(target=_run, args=(list(command), files, dict(environ)), daemon=True)
         self._process.start()
 
     def poll(self) -> int | None:
@@ -42,10 +48,10 @@ class Forked:
         self._process.kill()
 
 
-def _run(command: list[str], output: Path, environ: dict[str, str]) -> None:
-    with output.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+def _run(command: list[str], files: tuple[Path, Path], environ: dict[str, str]) -> None:
+    for number, path in enumerate(files, 1):
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), number)
     os.environ.clear()
     os.environ.update(environ)
     sys.argv = command
