@@ -260,11 +260,12 @@ class Index:
             return await response.json()
 
 
-async def ready_engines(session: aiohttp.ClientSession, router: Router, count: int) -> None:
-    """Waits until the router knows so many engines to be ready, and the profile of their keys."""
+async def ready_engines(session: aiohttp.ClientSession, router: Router, count: int, *, down: int = 0) -> None:
+    """Waits until the router knows so many engines to be ready, and the profile of their keys; so many, to be down."""
 
     async def look() -> bool:
-        return await metric(session, router.admin, "kvatlas_router_engines", health="ready") == count
+        told = [await metric(session, router.admin, "kvatlas_router_engines", health=h) for h in ("ready", "down")]
+        return told[0] == count and told[1] >= down
 
     await until(look, f"{count} ready engines in the router")
 
