@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import pytest
 
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.words import EngineId
+from kvatlas_indexer.adapters.redis_leases import RedisLeases
 from kvatlas_indexer.adapters.redis_store import RedisStore
 from kvatlas_indexer.app import Indexer
 from kvatlas_indexer.core.known import Known
@@ -43,6 +45,13 @@ Truth = Callable[[SimulatedEngine], Mapping[int, int]]
 
 def config(number: int, **options: Any) -> EngineConfig:
     return EngineConfig(seed=number, **{"limits": SMALL, "time_model": NO_TIME, **options})
+
+
+def no_lease_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while a test waits for something: what happens then was not waiting for that."""
+    defaults = RedisLeases.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "lease_s", 10 * DEADLINE_S)
 
 
 def spec(engine: SimulatedEngine, *, dialled: bool = True) -> EngineSpec:

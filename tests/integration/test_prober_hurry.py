@@ -14,7 +14,7 @@ from kvatlas_loadtest.engine import EngineConfig
 from tests.integration.engine_kit import simulated_engine
 
 SELDOM = ProbePlan(1000.0, 1000.0, 1000.0, 1000.0)
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0  # far more than is needed: machines are shared
 
 
 async def test_a_hurried_probe_sees_a_restart_and_a_death() -> None:

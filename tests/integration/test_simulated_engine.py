@@ -52,7 +52,7 @@ async def stream(session: aiohttp.ClientSession, path: str, **body: Any) -> list
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.002)
 

@@ -53,7 +53,7 @@ async def sockets() -> AsyncIterator[Sockets]:
 
 
 async def received(socket: zmq.asyncio.Socket) -> tuple[bytes, int, EventBatch]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         topic, seq, payload = await socket.recv_multipart()
     return topic, int.from_bytes(seq, "big"), decode_batch(payload)
 
@@ -71,7 +71,7 @@ async def subscribed(context: Sockets, engine: SimulatedEngine, rank: int = 0) -
 async def flush(socket: zmq.asyncio.Socket, engine: SimulatedEngine, rank: int = 0) -> list[tuple[int, EventBatch]]:
     """Everything up to the event of one more request, which nobody else asks; sent again until it is seen."""
     messages: list[tuple[int, EventBatch]] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             marker = 7000 + engine.publisher(rank).next_seq % 900
             await ask(engine, [marker] * 17, rank=rank)
@@ -147,7 +147,7 @@ async def replayed(socket: zmq.asyncio.Socket, start: int = 0) -> list[tuple[int
     """What the engine remembers from `start` on; the end marker must come."""
     await socket.send_multipart([b"", start.to_bytes(8, "big")])
     batches: list[tuple[int, EventBatch]] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while True:
             empty, _, seq, payload = await socket.recv_multipart()
             assert empty == b""
@@ -217,7 +217,7 @@ async def test_replays_fail_on_request() -> None:
             socket = context.socket(zmq.DEALER)
             socket.connect(engine.replay_endpoint)
             await socket.send_multipart([b"", (2).to_bytes(8, "big")])
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 frames = [await socket.recv_multipart() for _ in range(answered + ends)]
             assert not await socket.poll(100), "and nothing else"
             ended = sum(frame[2] == END_MARKER for frame in frames)

@@ -225,7 +225,7 @@ async def test_an_exporter_that_is_down_disturbs_no_request(monkeypatch: pytest.
             status, _, _ = await run.post()
             assert status == 200
         stopping = time.monotonic()
-    assert time.monotonic() - stopping < 5
+    assert time.monotonic() - stopping < 8
 
 
 async def test_a_shared_store_is_in_the_trace(single: Valkey) -> None:
@@ -253,7 +253,7 @@ async def test_a_client_that_leaves_ends_its_spans(caplog: pytest.LogCaptureFixt
         async with run.http.post(run.url + "/v1/chat/completions", json=CHAT | {"stream": True}) as reply:
             await reply.content.readany()
             reply.close()
-        await asyncio.wait_for(engine.gone.wait(), 10)
+        await asyncio.wait_for(engine.gone.wait(), 30)
     generation = spans.one("chat tiny", SpanKind.CLIENT)
     assert _told(generation)["kvatlas.outcome"] == _told(generation)["error.type"] == "cancelled"
     assert (
