@@ -22,6 +22,7 @@ from kvatlas_common.events.types import AllBlocksCleared, BlockStored
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.texts import WORDS
 from kvatlas_loadtest.time_model import TimeModel
+from tests.integration.engine_kit import simulated_engine
 from tests.integration.processes import DEADLINE_S, Router, labelled, until
 
 CHAT = "/v1/chat/completions"
@@ -259,11 +260,12 @@ class Index:
             return await response.json()
 
 
-async def ready_engines(session: aiohttp.ClientSession, router: Router, count: int) -> None:
-    """Waits until the router knows so many engines to be ready, and the profile of their keys."""
+async def ready_engines(session: aiohttp.ClientSession, router: Router, count: int, *, down: int = 0) -> None:
+    """Waits until the router knows so many engines to be ready, and the profile of their keys; so many, to be down."""
 
     async def look() -> bool:
-        return await metric(session, router.admin, "kvatlas_router_engines", health="ready") == count
+        told = [await metric(session, router.admin, "kvatlas_router_engines", health=h) for h in ("ready", "down")]
+        return told[0] == count and told[1] >= down
 
     await until(look, f"{count} ready engines in the router")
 
@@ -288,9 +290,7 @@ async def simulated(*configs: EngineConfig) -> AsyncIterator[list[SimulatedEngin
     async with contextlib.AsyncExitStack() as stack:
         engines: list[SimulatedEngine] = []
         for config in configs:
-            first = engines[0] if engines else None
-            made = SimulatedEngine(config, first.prompter if first else None, first.vocabulary if first else None)
-            engines.append(await stack.enter_async_context(made))
+            engines.append(await stack.enter_async_context(simulated_engine(config)))
         yield engines
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from tests.integration.forked import Forked
+
 DEADLINE_S = 30.0  # far more than is needed: machines are shared
 POLL_S = 0.02
 TAIL_CHARS = 3000
@@ -42,20 +44,23 @@ async def until(condition: Callable[[], object], what: str, deadline_s: float = 
 
 
 class Process:
-    """One `python -m` of ours, its output in a file. An async context that kills what is still there."""
+    """One `python -m` of ours, its output in a file. An async context that kills what is still there.
 
-    def __init__(self, name: str, folder: Path, command: Sequence[str]) -> None:
+    `fresh`: an interpreter of its own from beginning to end, see `forked`.
+    """
+
+    def __init__(self, name: str, folder: Path, command: Sequence[str], *, fresh: bool = False) -> None:
         self.name = name
         self.log = folder / f"{name}.log"
-        environ = {k: v for k, v in os.environ.items() if not k.startswith("KVATLAS_")}
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("KVATLAS_")} | {"HF_HUB_OFFLINE": "1"}
         with self.log.open("wb") as output:
-            self._popen = subprocess.Popen(
-                [sys.executable, "-m", *command],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environ | {"HF_HUB_OFFLINE": "1"},
-            )
+            if fresh:
+                words = [sys.executable, "-m", *command]
+                self._popen: subprocess.Popen[bytes] | Forked = subprocess.Popen(
+                    words, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environ
+                )
+            else:
+                self._popen = Forked(command, self.log, environ)
 
     async def __aenter__(self) -> Self:
         return self
@@ -161,11 +166,13 @@ async def engine(folder: Path, name: str, *options: str, again: Engine | None = 
 
 
 @contextlib.asynccontextmanager
-async def indexer(folder: Path, name: str, *options: str, again: Indexer | None = None) -> AsyncIterator[Indexer]:
+async def indexer(
+    folder: Path, name: str, *options: str, again: Indexer | None = None, fresh: bool = False
+) -> AsyncIterator[Indexer]:
     """`again`: the one before, whose ports it takes."""
     grpc, rest, zmq = (again.grpc, again.rest, again.zmq) if again else ("127.0.0.1:0",) * 2 + ("tcp://127.0.0.1:0",)
     ports = ("--grpc-listen", grpc, "--rest-listen", rest, "--zmq-listen", zmq)
-    async with Indexer(name, folder, ["kvatlas_cli", "indexer", *ports, *options]) as started:
+    async with Indexer(name, folder, ["kvatlas_cli", "indexer", *ports, *options], fresh=fresh) as started:
         line = await started.says(lambda line: line.get("event") == "indexer ready", "readiness")
         started.grpc, started.rest, started.zmq = line["grpc"], line["rest"], line["zmq"][0]
         yield started
@@ -173,11 +180,11 @@ async def indexer(folder: Path, name: str, *options: str, again: Indexer | None 
 
 @contextlib.asynccontextmanager
 async def router(
-    folder: Path, name: str, *options: str, indexer: str, command: str = "router"
+    folder: Path, name: str, *options: str, indexer: str, command: str = "router", fresh: bool = False
 ) -> AsyncIterator[Router]:
     """`indexer`: where it is, or was. `command`: `up` where its indexer is in the same process."""
     ports = ("--host", "127.0.0.1", "--port", "0", "--admin-port", "0", "--indexer", indexer)
-    async with Router(name, folder, ["kvatlas_cli", command, *ports, *options]) as started:
+    async with Router(name, folder, ["kvatlas_cli", command, *ports, *options], fresh=fresh) as started:
         line = await started.says(lambda line: line.get("event") == "router listens", "listening")
         started.url, started.admin = (f"http://127.0.0.1:{line[port]}" for port in ("port", "admin_port"))
         yield started

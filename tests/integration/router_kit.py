@@ -19,8 +19,8 @@ from kvatlas_common.settings import load
 from kvatlas_common.tracing import Tracing
 from kvatlas_router.app import Router
 from kvatlas_router.settings import RouterSettings
+from tests.integration.processes import DEADLINE_S, until
 
-DEADLINE_S = 10.0
 NO_INDEXER = ("--indexer", "127.0.0.1:9")  # the discard port, which nobody serves here
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -233,10 +233,7 @@ async def routed(
 
 async def eventually(holds: Callable[[], bool], what: str) -> None:
     """For conditions that nothing announces."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not holds():
-            await asyncio.sleep(0.01)
-    assert holds(), what
+    await until(holds, what)
 
 
 def sse(text: bytes) -> list[Any]:

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import pytest
 
 from kvatlas_common.engines.specs import EngineSpec
 from kvatlas_common.words import EngineId
+from kvatlas_indexer.adapters.redis_leases import RedisLeases
 from kvatlas_indexer.adapters.redis_store import RedisStore
 from kvatlas_indexer.app import Indexer
 from kvatlas_indexer.core.known import Known
@@ -29,6 +31,7 @@ from kvatlas_loadtest.chaos.wires import TcpRelay
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.time_model import NO_TIME
+from tests.integration.engine_kit import simulated_engine
 from tests.integration.processes import until
 from tests.integration.redis_kit import fresh_prefix, stored
 
@@ -42,6 +45,13 @@ Truth = Callable[[SimulatedEngine], Mapping[int, int]]
 
 def config(number: int, **options: Any) -> EngineConfig:
     return EngineConfig(seed=number, **{"limits": SMALL, "time_model": NO_TIME, **options})
+
+
+def no_lease_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while a test waits for something: what happens then was not waiting for that."""
+    defaults = RedisLeases.__init__.__kwdefaults__
+    assert defaults is not None
+    monkeypatch.setitem(defaults, "lease_s", 10 * DEADLINE_S)
 
 
 def spec(engine: SimulatedEngine, *, dialled: bool = True) -> EngineSpec:
@@ -115,7 +125,7 @@ class Shards:
         await old.crash()
         port = int(old.address.rpartition(":")[2])
         same = dataclasses.replace(options, port=port, replay_endpoint=old.replay_endpoint)
-        new = SimulatedEngine(same, old.prompter, old.vocabulary)
+        new = simulated_engine(same)
         self.engines[number] = await self.stack.enter_async_context(new)
         return new
 
@@ -278,9 +288,7 @@ async def shards(url: str, *names: str, engines: list[EngineConfig], **options: 
         session = await stack.enter_async_context(aiohttp.ClientSession())
         served: list[SimulatedEngine] = []
         for each in engines:
-            first = served[0] if served else None
-            engine = SimulatedEngine(each, first.prompter if first else None, first.vocabulary if first else None)
-            served.append(await stack.enter_async_context(engine))
+            served.append(await stack.enter_async_context(simulated_engine(each)))
         made = Shards(url, stack, session, served, **options)
         stack.push_async_callback(made.aclose)
         await asyncio.gather(*(made.add(name) for name in names))

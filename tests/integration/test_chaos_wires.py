@@ -12,7 +12,7 @@ import zmq.asyncio
 from kvatlas_loadtest.chaos.wires import FrameRelay, TcpRelay
 from kvatlas_loadtest.process import Node, ProcessFailed
 
-SOON_S = 10.0
+SOON_S = 30.0
 
 
 class Echo:

@@ -17,8 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kvatlas_cli.local import until
 from kvatlas_common.engines.specs import EngineFile, EngineSource
 from kvatlas_indexer.app import Indexer
-from kvatlas_loadtest.engine import ANY_PORT, EngineConfig, SimulatedEngine
+from kvatlas_loadtest.engine import ANY_PORT, EngineConfig
 from kvatlas_router.app import Router
+from tests.integration.engine_kit import simulated_engine
 from tests.unit.deploy.manifests import rendered
 from tests.unit.deploy.services import indexer_settings, router_settings
 
@@ -103,7 +104,7 @@ async def test_engines_are_found_and_routed_to_by_what_they_hold(way: str, tmp_p
     async with (
         indexer_of_base(tmp_path, EngineFile(listed)) as indexer,
         router_of_base(tmp_path, indexer) as url,
-        SimulatedEngine(
+        simulated_engine(
             EngineConfig(
                 events_endpoint=ANY_PORT if way == "dial" else indexer.zmq_endpoints[0],
                 replay_endpoint=None if way == "connect" else ANY_PORT,

@@ -18,7 +18,7 @@ import uvloop
 from kvatlas_router.adapters.engine_connection import EngineConnection, EngineFailed
 from kvatlas_router.adapters.engine_pool import IDLE_MAX_S, EnginePool, origin
 from kvatlas_router.core.outliers import Fault
-from tests.integration.router_kit import DEADLINE_S
+from tests.integration.processes import DEADLINE_S
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,

@@ -54,7 +54,7 @@ async def test_garbage_on_every_port_disturbs_nobody(tmp_path: Path) -> None:
         options = ("--engine", listened.address, "--lookup-deadline-ms", "1000")
         routing = await enter(router(tmp_path, "router", *options, indexer=indexing.grpc))
         index, engines = Index(session, indexing.rest), (dialled, listened)
-        await ready_engines(session, routing, 2)
+        await ready_engines(session, routing, 2, down=1)  # until then the babbler may be asked, too
         await precise(session, routing)
         addresses = [indexing.zmq.removeprefix("tcp://"), indexing.grpc, indexing.rest]
         addresses += [url.removeprefix("http://") for url in (routing.url, routing.admin)]

@@ -25,7 +25,7 @@ async def test_a_router_told_to_end_finishes_what_is_under_way(command: str, tmp
         options = [*(flag for e in engines for flag in flags(e)), "--drain-delay-s", "1"]
         if command == "up":
             options += ["--grpc-listen", "127.0.0.1:0", "--rest-listen", "127.0.0.1:0", "--zmq-listen", ""]
-        routing = await enter(router(tmp_path, command, *options, indexer="127.0.0.1:9", command=command))
+        routing = await enter(router(tmp_path, command, *options, indexer="127.0.0.1:9", command=command, fresh=True))
         await ready_engines(session, routing, 2)
 
         async with load(session, routing.url, workers=8, max_tokens=100) as traffic:
@@ -55,7 +55,7 @@ async def test_an_indexer_told_to_end_ends_cleanly_and_fails_nobody(tmp_path: Pa
         session = await enter(client())
         engines = await enter(simulated(EngineConfig(time_model=BRISK), EngineConfig(time_model=BRISK)))
         listed = [flag for e in engines for flag in flags(e)]
-        indexing = await enter(indexer(tmp_path, "indexer", *listed))
+        indexing = await enter(indexer(tmp_path, "indexer", *listed, fresh=True))
         routing = await enter(router(tmp_path, "router", "--lookup-deadline-ms", "500", indexer=indexing.grpc))
         await ready_engines(session, routing, 2)
         await precise(session, routing)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import aiohttp
 
+from kvatlas_indexer.core.ownership import winner
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.texts import WORDS
@@ -96,8 +97,12 @@ async def deployed(
         for number, context in enumerate(talks if warm else ()):
             reply = await ask(session, engine.url, chat(f"before {number}", context, max_tokens=4))
             assert not reply.error, reply
-        asked = [("--store", store, *flags(engine, replay=False)) for store in stores]
-        indexing = [await enter(indexer(folder, f"indexer{n}", *options)) for n, options in enumerate(asked)]
+        names = [f"indexer{n}" for n in range(len(stores))]
+        listed = flags(engine, replay=False)
+        indexing = [
+            await enter(indexer(folder, name, "--shard", name, "--store", store, *listed))
+            for name, store in zip(names, stores, strict=True)
+        ]
         shards = [Index(session, one.rest) for one in indexing]
         index = shards[0]
 
@@ -120,6 +125,12 @@ async def deployed(
             return False
 
         await until(ready, "the engine to be known")
+        if len(stores) > 1:  # while it goes from one shard to another, both may hear it, or none
+            owner = indexing[names.index(winner(engine.address, set(names)) or "")]
+            await owner.says(
+                lambda line: line.get("event") == "engines taken" and engine.address in line["engines"],
+                "the engine to be its own",
+            )
         await until(profiled, "the engine's profile, so that the router knows it from the start")
         await until(all_heard, "the last message")
         heard = sum([await shard.metric("messages_received_total") for shard in shards])

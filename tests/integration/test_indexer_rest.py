@@ -374,7 +374,7 @@ async def test_stopping_answers_what_is_under_way_and_leaves_signals_alone() -> 
 
     server = await serve(app, "127.0.0.1", 0)
     assert signal.getsignal(signal.SIGTERM) is handler
-    async with aiohttp.ClientSession() as session, asyncio.timeout(10):
+    async with aiohttp.ClientSession() as session, asyncio.timeout(30):
         request = asyncio.create_task(session.get(f"http://127.0.0.1:{server.port}/"))
         await asked.wait()
         stopping = asyncio.create_task(server.stop())

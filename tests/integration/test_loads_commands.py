@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
+from kvatlas_loadtest.loads.__main__ import main
 from kvatlas_loadtest.loads.document import load
 from kvatlas_loadtest.loads.outcomes import from_json
 from kvatlas_loadtest.loads.workloads import workload
 from kvatlas_loadtest.time_model import NO_TIME
+from tests.integration.engine_kit import simulated_engine
 
 DEADLINE_S = 120.0
 
@@ -63,11 +65,13 @@ async def test_policies_compared_in_several_processes(tmp_path: Path) -> None:
         (("--crash", "9@1-2"), "there are engines 0 to 7"),
     ],
 )
-async def test_what_cannot_be_simulated_is_named_first(arguments: tuple[str, ...], said: str) -> None:
-    status, out, told = await ended(await started("simulate", *arguments))
-    assert (status, out) == (2, "")
-    assert said in told
-    assert "Traceback" not in told
+def test_what_cannot_be_simulated_is_named_first(
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, written = main(["simulate", *arguments]), capsys.readouterr()
+    assert (status, written.out) == (2, "")
+    assert said in written.err
+    assert "Traceback" not in written.err
 
 
 def target(engine: SimulatedEngine) -> list[str]:
@@ -76,7 +80,7 @@ def target(engine: SimulatedEngine) -> list[str]:
 
 async def test_a_load_on_a_server(tmp_path: Path) -> None:
     file = tmp_path / "run.json"
-    async with SimulatedEngine(EngineConfig(time_model=NO_TIME, events_endpoint=None)) as engine:
+    async with simulated_engine(EngineConfig(time_model=NO_TIME, events_endpoint=None)) as engine:
         options = ["--scale=0.01", "--slower=0.2", "--header", "authorization: secret", f"--json={file}"]
         status, out, _ = await ended(await started(*target(engine), *options))
     requests = len(workload("hot-prefix", seed=1, scale=0.01))
@@ -90,7 +94,7 @@ async def test_a_load_on_a_server(tmp_path: Path) -> None:
 
 
 async def test_a_load_that_is_interrupted_reports_what_it_has() -> None:
-    async with SimulatedEngine(EngineConfig(time_model=NO_TIME, events_endpoint=None)) as engine:
+    async with simulated_engine(EngineConfig(time_model=NO_TIME, events_endpoint=None)) as engine:
         process = await started(*target(engine), "--slower=10", "--completions")
         async with asyncio.timeout(DEADLINE_S):
             while not engine.block_table():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,10 @@ from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.texts import WORDS
 from kvatlas_loadtest.time_model import NO_TIME
+from tests.integration.engine_kit import simulated_engine
+from tests.integration.forked import Forked
+from tests.integration.processes import DEADLINE_S, until
 
-DEADLINE_S = 40.0
 ADAPTERS = (Adapter("ada", "/srv/adapters/ada", 1), Adapter("bob", "/srv/adapters/bob", 2))
 
 
@@ -48,31 +50,44 @@ class Recorded:
     screen: str
 
 
+class Recording:
+    """`kvatlas record`, under way. What it writes is put beside the folder it records into."""
+
+    def __init__(self, folder: Path, words: Sequence[str]) -> None:
+        self._out, self._screen = folder.with_suffix(".out"), folder.with_suffix(".screen")
+        for path in (self._out, self._screen):
+            path.touch()
+        command = ["kvatlas_cli", "record", str(folder), "--json", *words]
+        self.process = Forked(command, self._out, os.environ, errors=self._screen)
+
+    async def finished(self) -> Recorded:
+        await until(lambda: self.process.poll() is not None, "the recorder to end")
+        return Recorded(self.process.wait(), json.loads(self._out.read_text() or "{}"), self._screen.read_text())
+
+    async def url(self) -> str:
+        """The address that it says it listens at."""
+
+        def look() -> bool:
+            assert self.process.poll() is None, f"the recorder ended: {self._screen.read_text()}"
+            return "http://" in self._screen.read_text().rpartition("\n")[0]
+
+        await until(look, "the recorder to listen")
+        return "http://" + self._screen.read_text().split("http://")[1].split()[0]
+
+
 @contextlib.asynccontextmanager
-async def recording(folder: Path, *words: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "kvatlas_cli", "record", str(folder), "--json", *words),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+async def recording(folder: Path, *words: str) -> AsyncIterator[Recording]:
+    started = Recording(folder, words)
     try:
-        async with asyncio.timeout(DEADLINE_S):
-            yield process
+        yield started
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-
-
-async def finished(process: asyncio.subprocess.Process) -> Recorded:
-    out, screen = await process.communicate()
-    assert process.returncode is not None
-    return Recorded(process.returncode, json.loads(out or b"{}"), screen.decode())
+        started.process.kill()
+        started.process.wait()
 
 
 async def recorded(folder: Path, *words: str) -> Recorded:
-    async with recording(folder, *words) as process:
-        return await finished(process)
+    async with recording(folder, *words) as started:
+        return await started.finished()
 
 
 def config(**options: Any) -> EngineConfig:
@@ -98,7 +113,7 @@ def audited(folder: Path) -> audit.Report:
 
 
 async def test_a_generated_workload_with_adapters_salts_and_evictions_is_exact(tmp_path: Path) -> None:
-    async with SimulatedEngine(config(adapters=ADAPTERS)) as engine:
+    async with simulated_engine(config(adapters=ADAPTERS)) as engine:
         replay = ["--replay", engine.replay_endpoint or ""]  # whoever subscribes may miss the first message
         made = await recorded(tmp_path / "c", *where(engine), *replay, "--generate", "40")
     assert made.status == 0, made.screen
@@ -114,11 +129,11 @@ async def test_a_generated_workload_with_adapters_salts_and_evictions_is_exact(t
 
 async def test_an_engine_of_two_ranks_that_connects(tmp_path: Path) -> None:
     port = _two_free_ports()
-    async with SimulatedEngine(config(events_endpoint=f"tcp://127.0.0.1:{port}", data_parallel_size=2)) as engine:
+    async with simulated_engine(config(events_endpoint=f"tcp://127.0.0.1:{port}", data_parallel_size=2)) as engine:
         listen = ["--engine", f"{engine.url},ranks=2", "--zmq-listen", f"tcp://127.0.0.1:{port}"]
-        made = await recorded(tmp_path / "c", *listen, "--generate", "30")
+        made = await recorded(tmp_path / "c", *listen, "--generate", "16")
     assert made.status == 0, made.screen
-    assert made.summary["comparable"] == 30
+    assert made.summary["comparable"] == 16
     assert {request.rank for request in capture.load(tmp_path / "c").requests} == {0, 1}
     report = audited(tmp_path / "c")
     assert report.mismatches == 0
@@ -129,7 +144,7 @@ async def test_an_engine_of_two_ranks_that_connects(tmp_path: Path) -> None:
 async def test_an_engine_that_served_before(tmp_path: Path, how: str) -> None:
     before = words(1, 200)
     (tmp_path / "requests.jsonl").write_text(json.dumps({"body": {"model": "tiny", "prompt": before, "max_tokens": 1}}))
-    async with SimulatedEngine(config()) as engine:
+    async with simulated_engine(config()) as engine:
         await ask(engine, before)
         more = {"replay": ["--replay", engine.replay_endpoint or ""], "reset": ["--reset"], "neither": []}[how]
         made = await recorded(tmp_path / "c", *where(engine), "--requests", str(tmp_path / "requests.jsonl"), *more)
@@ -155,11 +170,11 @@ async def test_live_traffic_is_recorded_until_interrupted(tmp_path: Path) -> Non
         return {"model": "tiny", "messages": messages, "max_tokens": 8, **(streamed if number % 2 == 0 else {})}
 
     async with (
-        SimulatedEngine(config()) as engine,
+        simulated_engine(config()) as engine,
         aiohttp.ClientSession() as client,
-        recording(tmp_path / "c", *where(engine), "--listen", "127.0.0.1:0") as process,
+        recording(tmp_path / "c", *where(engine), "--listen", "127.0.0.1:0") as started,
     ):
-        url = await _url_of(process)
+        url = await started.url()
 
         async def post(number: int) -> bytes:
             async with client.post(f"{url}/v1/chat/completions", json=body(number)) as answer:
@@ -172,23 +187,14 @@ async def test_live_traffic_is_recorded_until_interrupted(tmp_path: Path) -> Non
             assert (await models.json())["data"][0]["id"] == "tiny"
         async with client.post(f"{url}/v1/chat/completions", json={"model": "nope", "messages": []}) as refused:
             assert refused.status == 404
-        process.send_signal(signal.SIGINT)
-        made = await finished(process)
+        started.process.send_signal(signal.SIGINT)
+        made = await started.finished()
     assert made.status == 0, made.screen
     assert (made.summary["requests"], made.summary["comparable"], made.summary["failed"]) == (16, 12, {"404": 1})
     assert sum(made.summary["not_comparable"].values()) == 4
     report = audited(tmp_path / "c")
     assert (report.requests, report.mismatches) == (12, 0)
     assert report.actual_tokens >= 11 * 144
-
-
-async def _url_of(process: asyncio.subprocess.Process) -> str:
-    """The address that the recorder says it listens at."""
-    assert process.stderr is not None
-    while line := (await process.stderr.readline()).decode():
-        if "http://" in line:
-            return "http://" + line.split("http://")[1].split()[0]
-    raise AssertionError("the recorder ended")
 
 
 # -- parts of it, in this process --------------------------------------------------------------------------------------
@@ -241,7 +247,7 @@ async def served(handle: Callable[[web.Request], Awaitable[web.StreamResponse]])
 
 
 async def test_an_engine_that_publishes_nothing_is_named_with_the_cure(tmp_path: Path) -> None:
-    async with SimulatedEngine(config(events_endpoint=None)) as engine:
+    async with simulated_engine(config(events_endpoint=None)) as engine:
         with socket.create_server(("127.0.0.1", 0)) as nobody:
             events = f"tcp://127.0.0.1:{nobody.getsockname()[1]}"
             async with bench(tmp_path, engine.url, events, replace(QUICK, first_s=0.1)) as it:
@@ -260,7 +266,7 @@ async def test_an_engine_that_is_not_there(tmp_path: Path) -> None:
 
 async def test_an_engine_that_hides_its_cached_tokens_is_warned_of(tmp_path: Path) -> None:
     """As vLLM without --enable-prompt-tokens-details."""
-    async with SimulatedEngine(config()) as engine, aiohttp.ClientSession() as client:
+    async with simulated_engine(config()) as engine, aiohttp.ClientSession() as client:
 
         async def without_details(request: web.Request) -> web.StreamResponse:
             async with client.request(request.method, engine.url + request.path, data=await request.read()) as answer:

@@ -153,7 +153,7 @@ async def test_what_a_stopped_server_does_late_changes_nothing(single: Valkey) -
         finally:
             single.resume()
         late = sent[-1]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while await table(reader, [7]) == {}:  # it is carried out when the server goes on
                 await asyncio.sleep(0.01)
         await put(store, A, {7: {1: 0, 2: 2}})

@@ -9,9 +9,9 @@ import aiohttp
 import pytest
 
 from kvatlas_common.fleet import Health
+from tests.integration.processes import DEADLINE_S
 from tests.integration.router_kit import (
     CHAT,
-    DEADLINE_S,
     EVENT_STREAM,
     NO_INDEXER,
     Running,

@@ -17,8 +17,8 @@ from kvatlas_common.observations import Finished, FirstToken, Outcome, Routed
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
 from kvatlas_common.wire import unpack_keys
 from tests.integration.indexer_kit import PROFILE, ScriptedIndexer, never, ready, saying
+from tests.integration.processes import DEADLINE_S
 from tests.integration.router_kit import (
-    DEADLINE_S,
     NO_INDEXER,
     Running,
     Script,

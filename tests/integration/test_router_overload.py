@@ -7,9 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tests.integration.processes import DEADLINE_S
 from tests.integration.router_kit import (
     CHAT,
-    DEADLINE_S,
     EVENT_STREAM,
     NO_INDEXER,
     Running,

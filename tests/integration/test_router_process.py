@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-from tests.integration.router_kit import CHAT, DEADLINE_S, EVENT_STREAM, NO_INDEXER, ScriptedEngine, Seen, chunk
+from tests.integration.processes import DEADLINE_S
+from tests.integration.router_kit import CHAT, EVENT_STREAM, NO_INDEXER, ScriptedEngine, Seen, chunk
 
 START_S = 60.0  # a busy machine imports slowly
 

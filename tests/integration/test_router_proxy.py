@@ -11,9 +11,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from tests.integration.processes import DEADLINE_S
 from tests.integration.router_kit import (
     CHAT,
-    DEADLINE_S,
     EVENT_STREAM,
     NO_INDEXER,
     Running,

@@ -11,6 +11,7 @@ from pathlib import Path
 from kvatlas_common.fleet import EngineView, Health
 from kvatlas_common.words import EngineId
 from kvatlas_loadtest.engine import TINY_MODEL, EngineConfig, SimulatedEngine
+from tests.integration.engine_kit import simulated_engine
 from tests.integration.indexer_kit import PROFILE, ScriptedIndexer
 from tests.integration.router_kit import CHAT, Running, eventually, running
 
@@ -31,7 +32,7 @@ def told(engine: SimulatedEngine, root: str) -> EngineView:
 
 @asynccontextmanager
 async def fleet(root: str, *flags: str) -> AsyncIterator[tuple[Running, SimulatedEngine]]:
-    async with SimulatedEngine(EngineConfig()) as engine, ScriptedIndexer() as indexer:
+    async with simulated_engine(EngineConfig()) as engine, ScriptedIndexer() as indexer:
         await indexer.tell(told(engine, root))
         generous = ("--lookup-deadline-ms", "2000", "--remote-tokenize-timeout-s", "10")
         async with running("--indexer", indexer.address, *generous, *flags, ready=1) as run:

@@ -10,7 +10,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from kvatlas_common.fleet import Sync
 from kvatlas_indexer.app import Indexer
 from kvatlas_indexer.settings import IndexerSettings
-from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
+from kvatlas_loadtest.engine import EngineConfig
+from tests.integration.engine_kit import simulated_engine
 from tests.integration.router_kit import Running, running
 
 SENTENCE = "the ship sails west until an island rises out of the morning fog and nobody speaks"
@@ -19,7 +20,7 @@ SENTENCE = "the ship sails west until an island rises out of the morning fog and
 @asynccontextmanager
 async def system(engines: int, *flags: str) -> AsyncIterator[Running]:
     async with AsyncExitStack() as stack:
-        served = [await stack.enter_async_context(SimulatedEngine(EngineConfig(seed=n))) for n in range(engines)]
+        served = [await stack.enter_async_context(simulated_engine(EngineConfig(seed=n))) for n in range(engines)]
         listed = [f"{e.address},events={e.events_endpoint},replay={e.replay_endpoint}" for e in served]
         argv = [flag for text in listed for flag in ("--engine", text)]
         free = ["--zmq-listen", "tcp://127.0.0.1:*", "--grpc-listen", "127.0.0.1:0", "--rest-listen", "127.0.0.1:0"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import aiohttp
 
-from kvatlas_loadtest.engine import SimulatedEngine
 from kvatlas_loadtest.valkey import Valkey
+from tests.integration.engine_kit import simulated_engine
 from tests.integration.fault_kit import flags
 from tests.integration.processes import router, until
 from tests.integration.redis_kit import fresh_prefix, stored
@@ -54,13 +54,13 @@ async def test_a_router_before_two_shards_misses_neither(single: Valkey) -> None
 
 async def test_up_keeps_its_index_where_it_is_told_and_finds_it_there(single: Valkey, tmp_path: Path) -> None:
     prefix = fresh_prefix()
-    async with SimulatedEngine(config(0)) as engine, aiohttp.ClientSession() as http:
+    async with simulated_engine(config(0)) as engine, aiohttp.ClientSession() as http:
         ports = ("--grpc-listen", "127.0.0.1:0", "--rest-listen", "127.0.0.1:0", "--zmq-listen", "")
         store = ("--store", single.url, "--store-prefix", prefix, "--lookup-deadline-ms", "2000")
         options = [*flags(engine), *ports, *store]
         body = {"model": "tiny", "prompt": PROMPTS[0], "max_tokens": 1}
         for life in ("first", "second"):
-            async with router(tmp_path, life, *options, indexer="127.0.0.1:9", command="up") as up:
+            async with router(tmp_path, life, *options, indexer="127.0.0.1:9", command="up", fresh=True) as up:
 
                 async def predicted(url: str = up.url) -> int:
                     async with http.post(f"{url}/v1/completions", json=body) as response:

@@ -4,7 +4,6 @@ cannot be reproduced, their entries are in doubt, their store is a cluster."""
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Mapping
 
 import pytest
@@ -18,7 +17,7 @@ from kvatlas_loadtest.engine import EngineConfig, SimulatedEngine
 from kvatlas_loadtest.events import WireVersion
 from kvatlas_loadtest.valkey import Valkey
 from tests.integration.processes import until
-from tests.integration.shard_kit import DEADLINE_S, Shards, config, shards
+from tests.integration.shard_kit import DEADLINE_S, Shards, config, no_lease_runs_out, shards
 
 
 def zmq(shard: Indexer) -> str:
@@ -46,8 +45,11 @@ async def heard_by(run: Shards, name: str) -> None:
     await until(look, f"{name} to own, and know, every engine that speaks to it", DEADLINE_S)
 
 
-async def test_listened_engines_belong_to_the_shard_their_service_leads_to(single: Valkey) -> None:
-    """They connect to one address for all shards, and live on when another shard answers there."""
+async def test_listened_engines_belong_to_the_shard_their_service_leads_to(
+    single: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They connect to one address for all shards, and live on when another shard answers there, which takes them."""
+    no_lease_runs_out(monkeypatch)
     target: list[str] = []
     service = TcpRelay(lambda: target)
     await service.start()
@@ -61,9 +63,7 @@ async def test_listened_engines_belong_to_the_shard_their_service_leads_to(singl
 
         target[:] = [zmq(second)]
         run.crash("first")
-        began = time.monotonic()
         await heard_by(run, "second")
-        assert time.monotonic() - began < 2.5, "the dead shard's lease ran out: nobody took the engines from it"
         await run.load()
         await run.agree("after the shard they spoke to died")
     await service.close()

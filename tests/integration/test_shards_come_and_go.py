@@ -3,11 +3,12 @@ what every shard answers, copies and all, a moment later."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
+import pytest
+
 from kvatlas_loadtest.valkey import Valkey
-from tests.integration.shard_kit import config, shards
+from tests.integration.shard_kit import config, no_lease_runs_out, shards
 
 
 async def test_shards_that_die_join_and_leave_and_a_store_that_forgets(tmp_path: Path) -> None:
@@ -37,7 +38,10 @@ async def test_shards_that_die_join_and_leave_and_a_store_that_forgets(tmp_path:
             await run.agree("after the store was away and came back empty")
 
 
-async def test_a_shard_that_joins_takes_what_falls_to_it_and_one_that_leaves_hands_over_at_once(single: Valkey) -> None:
+async def test_a_shard_that_joins_takes_what_falls_to_it_and_one_that_leaves_hands_over_at_once(
+    single: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_lease_runs_out(monkeypatch)
     async with shards(single.url, "one", "two", engines=[config(n) for n in range(6)]) as run:
         await run.spread()
         for leaving, joining in (("one", "three"), ("two", "four")):
@@ -47,9 +51,6 @@ async def test_a_shard_that_joins_takes_what_falls_to_it_and_one_that_leaves_han
             assert all(after[engine] == {joining} for engine in before if before[engine] != after[engine])
             await run.load(12)
             await run.leave(leaving)
-            began = time.monotonic()
             await run.spread()
-            took = time.monotonic() - began
-            assert took < 2.0, f"{took:.1f} s: the leases were not handed over, they ran out"
             await run.load(12)
             await run.agree(f"after {leaving} left")

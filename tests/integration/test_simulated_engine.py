@@ -22,10 +22,9 @@ from kvatlas_loadtest.loads.figures import figures
 from kvatlas_loadtest.loads.outcomes import Run
 from kvatlas_loadtest.loads.real_time import Player, Target
 from kvatlas_loadtest.loads.rendering import Rendering
-from kvatlas_loadtest.prompting import Prompter
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.time_model import NO_TIME, TimeModel
-from kvatlas_loadtest.vocabulary import Vocabulary
+from tests.integration.engine_kit import simulated_engine
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 QUESTION = [{"role": "user", "content": "value " * 40}]
@@ -35,7 +34,7 @@ SLOW = TimeModel(step_s=0.02, prefill_token_s=0.0, decode_sequence_s=0.0, contex
 @asynccontextmanager
 async def engine(**options: Any) -> AsyncIterator[tuple[SimulatedEngine, aiohttp.ClientSession]]:
     config = EngineConfig(**{"time_model": NO_TIME, "events_endpoint": None, **options})
-    async with SimulatedEngine(config) as running, aiohttp.ClientSession(running.url) as session:
+    async with simulated_engine(config) as running, aiohttp.ClientSession(running.url) as session:
         yield running, session
 
 
@@ -53,7 +52,7 @@ async def stream(session: aiohttp.ClientSession, path: str, **body: Any) -> list
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.002)
 
@@ -255,13 +254,12 @@ async def test_a_body_of_some_megabytes_is_read() -> None:
 
 async def test_a_load_over_two_engines_of_one_process() -> None:
     config = EngineConfig(time_model=NO_TIME, events_endpoint=None)
-    prompter, vocabulary = Prompter.load(config.model_path), Vocabulary.load(config.model_path)
     arrivals = [
         Arrival(0.0, (Segment(n % 2, 100), Segment(9 + n, 10)), 3, after=n - 1 if n else None) for n in range(8)
     ]
     async with (
-        SimulatedEngine(config, prompter, vocabulary) as one,
-        SimulatedEngine(config, prompter, vocabulary) as two,
+        simulated_engine(config) as one,
+        simulated_engine(config) as two,
     ):
         for target in (one, two):
             player = Player(Target(target.url, Rendering("tiny")), arrivals)

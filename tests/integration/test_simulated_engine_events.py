@@ -20,6 +20,7 @@ from kvatlas_loadtest.events import WireVersion
 from kvatlas_loadtest.publisher import END_MARKER, EventPublisher, ReplayFault, binds, rank_endpoint
 from kvatlas_loadtest.scheduler import EngineLimits
 from kvatlas_loadtest.time_model import NO_TIME
+from tests.integration.engine_kit import simulated_engine
 from tests.integration.processes import until
 
 TIGHT = EngineLimits(num_blocks=40, block_size=16)
@@ -52,7 +53,7 @@ async def sockets() -> AsyncIterator[Sockets]:
 
 
 async def received(socket: zmq.asyncio.Socket) -> tuple[bytes, int, EventBatch]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         topic, seq, payload = await socket.recv_multipart()
     return topic, int.from_bytes(seq, "big"), decode_batch(payload)
 
@@ -70,7 +71,7 @@ async def subscribed(context: Sockets, engine: SimulatedEngine, rank: int = 0) -
 async def flush(socket: zmq.asyncio.Socket, engine: SimulatedEngine, rank: int = 0) -> list[tuple[int, EventBatch]]:
     """Everything up to the event of one more request, which nobody else asks; sent again until it is seen."""
     messages: list[tuple[int, EventBatch]] = []
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while True:
             marker = 7000 + engine.publisher(rank).next_seq % 900
             await ask(engine, [marker] * 17, rank=rank)
@@ -122,7 +123,7 @@ async def test_the_events_are_the_cache(version: WireVersion, as_bytes: bool) ->
         limits=TIGHT,
         time_model=NO_TIME,
     )
-    async with sockets() as context, SimulatedEngine(config) as engine:
+    async with sockets() as context, simulated_engine(config) as engine:
         index: Counter[int] = Counter()
         socket = context.socket(zmq.DEALER)
         await some_traffic(engine)
@@ -146,7 +147,7 @@ async def replayed(socket: zmq.asyncio.Socket, start: int = 0) -> list[tuple[int
     """What the engine remembers from `start` on; the end marker must come."""
     await socket.send_multipart([b"", start.to_bytes(8, "big")])
     batches: list[tuple[int, EventBatch]] = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while True:
             empty, _, seq, payload = await socket.recv_multipart()
             assert empty == b""
@@ -163,7 +164,7 @@ async def test_an_engine_connects_to_an_indexer_that_listens() -> None:
         config = EngineConfig(
             events_endpoint=f"tcp://127.0.0.1:{port}", replay_endpoint=None, time_model=NO_TIME, limits=TIGHT
         )
-        async with SimulatedEngine(config) as engine:
+        async with simulated_engine(config) as engine:
             await flush(socket, engine)
             await ask(engine, list(range(40)))
             topic, _, batch = await received(socket)
@@ -176,7 +177,7 @@ async def test_an_engine_connects_to_an_indexer_that_listens() -> None:
 
 async def test_each_rank_publishes_on_its_own_port() -> None:
     config = EngineConfig(data_parallel_size=3, time_model=NO_TIME, limits=TIGHT)
-    async with sockets() as context, SimulatedEngine(config) as engine:
+    async with sockets() as context, simulated_engine(config) as engine:
         for rank in (2, 1):
             socket = await subscribed(context, engine, rank)
             await ask(engine, list(range(40)), rank=rank)
@@ -186,7 +187,7 @@ async def test_each_rank_publishes_on_its_own_port() -> None:
 
 async def test_messages_are_dropped_doubled_and_swapped_on_request() -> None:
     config = EngineConfig(time_model=NO_TIME)
-    async with sockets() as context, SimulatedEngine(config) as engine:
+    async with sockets() as context, simulated_engine(config) as engine:
         socket = await subscribed(context, engine)
         publisher = engine.publisher()
         for fault, arrives in (("drop", [1, 2]), ("duplicate", [0, 0, 1, 2]), ("swap", [1, 0, 2])):
@@ -202,7 +203,7 @@ async def test_messages_are_dropped_doubled_and_swapped_on_request() -> None:
 
 
 async def test_replays_fail_on_request() -> None:
-    async with sockets() as context, SimulatedEngine(EngineConfig(time_model=NO_TIME)) as engine:
+    async with sockets() as context, simulated_engine(EngineConfig(time_model=NO_TIME)) as engine:
         for number in range(4):
             await ask(engine, [number] * 17)
         assert engine.replay_endpoint is not None
@@ -216,7 +217,7 @@ async def test_replays_fail_on_request() -> None:
             socket = context.socket(zmq.DEALER)
             socket.connect(engine.replay_endpoint)
             await socket.send_multipart([b"", (2).to_bytes(8, "big")])
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 frames = [await socket.recv_multipart() for _ in range(answered + ends)]
             assert not await socket.poll(100), "and nothing else"
             ended = sum(frame[2] == END_MARKER for frame in frames)
@@ -231,7 +232,7 @@ async def test_replays_fail_on_request() -> None:
 
 async def test_whether_anybody_listens_is_known() -> None:
     """What is published from then on arrives; what was before, nobody has heard."""
-    async with sockets() as context, SimulatedEngine(EngineConfig(time_model=NO_TIME)) as engine:
+    async with sockets() as context, simulated_engine(EngineConfig(time_model=NO_TIME)) as engine:
         publisher, socket = engine.publisher(), context.socket(zmq.SUB)
         await ask(engine, [1] * 17)
         assert not publisher.subscribed
@@ -247,7 +248,7 @@ async def test_whether_anybody_listens_is_known() -> None:
 
 async def test_a_restart_begins_a_new_sequence_on_the_same_ports() -> None:
     config = EngineConfig(time_model=NO_TIME, data_parallel_size=2)
-    async with sockets() as context, SimulatedEngine(config) as engine:
+    async with sockets() as context, simulated_engine(config) as engine:
         await ask(engine, list(range(40)))
         before = (engine.url, engine.events_endpoint, engine.replay_endpoint, engine.topic)
         for first_seq in (0, 41):
@@ -261,7 +262,7 @@ async def test_a_restart_begins_a_new_sequence_on_the_same_ports() -> None:
 
 
 async def test_an_address_in_use_is_an_error_and_leaves_nothing_open() -> None:
-    async with SimulatedEngine(EngineConfig(time_model=NO_TIME)) as engine:
+    async with simulated_engine(EngineConfig(time_model=NO_TIME)) as engine:
         taken = engine.events_endpoint
         assert taken is not None
         publisher = EventPublisher(zmq.Context.instance(), taken, bind=True)
@@ -269,7 +270,7 @@ async def test_an_address_in_use_is_an_error_and_leaves_nothing_open() -> None:
             publisher.open()
         port = int(engine.address.rpartition(":")[2])
         with pytest.raises(OSError, match="in use"):
-            await SimulatedEngine(EngineConfig(port=port, time_model=NO_TIME)).start()
+            await simulated_engine(EngineConfig(port=port, time_model=NO_TIME)).start()
 
 
 def test_which_endpoints_bind_and_where_ranks_are() -> None:

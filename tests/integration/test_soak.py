@@ -21,7 +21,7 @@ class Silent:
 
 
 async def test_every_process_is_sampled_under_load(tmp_path: Path) -> None:
-    wanted, teller = Wanted(minutes=0.1, redis=False, every_s=0.3), Silent()
+    wanted, teller = Wanted(minutes=0.05, redis=False, every_s=0.3), Silent()
     soaked = await run(wanted, tmp_path, teller)
     assert soaked.troubles == []
     assert soaked.figures.requests >= teller.requests > 0

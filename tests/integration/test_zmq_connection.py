@@ -13,7 +13,7 @@ from kvatlas_common.words import EngineId
 from kvatlas_indexer.adapters.zmq_sockets import Context, new_context
 from kvatlas_indexer.adapters.zmq_source import ZmqSource, ZmqSourceOptions
 
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0  # far more than is needed: machines are shared
 ENGINE = EngineId("10.0.0.1:8000")
 OPTIONS = ZmqSourceOptions(reconnect_s=0.02, reconnect_max_s=0.1)
 

@@ -384,7 +384,7 @@ def run(seed: int) -> World:
 def seeds() -> Sequence[int]:
     if one := os.environ.get("KVATLAS_SIMULATOR_SEED"):
         return [int(one)]
-    return range(int(os.environ.get("KVATLAS_SIMULATOR_SEEDS", "200")))
+    return range(int(os.environ.get("KVATLAS_SIMULATOR_SEEDS", "120")))
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -58,7 +58,7 @@ class Served:
         await asyncio.Event().wait()
 
     async def begun(self, headers: list[tuple[bytes, bytes]]) -> tuple[Write, Any]:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await self.arrived.wait()
         scope, send = self.apps[0]
         write: Write = scope["extensions"][BODY_PIECES]

@@ -143,7 +143,7 @@ class Manifests:
 @lru_cache
 def rendered(name: str) -> Manifests:
     text = (RENDERED / f"{name}.yaml").read_text("utf-8")
-    return Manifests(tuple(found for found in yaml.safe_load_all(text) if found is not None))
+    return Manifests(tuple(found for found in yaml.load_all(text, yaml.CSafeLoader) if found is not None))
 
 
 def _value(entry: Object) -> str:

@@ -110,7 +110,7 @@ async def test_the_choice_is_prepared_while_the_index_is_asked() -> None:
     class Waits(Given):
         async def match(self, model: str, prompts: Mapping[str, Keys], *, estimate: bool = False) -> MatchAnswer:
             assert not chooser.prepared.is_set()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(30):
                 await chooser.prepared.wait()
             return MatchAnswer((EngineMatch(B, 3, {Medium.GPU: 3}, True),))
 

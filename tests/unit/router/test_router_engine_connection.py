@@ -56,7 +56,7 @@ async def outcome(connection: EngineConnection) -> tuple[int, bytes, Fault | Non
     body: list[bytes] = []
     status = 0
     try:
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(30):
             status = (await connection.head()).status
             connection.pour(body.append)
             assert await connection.poured()

@@ -55,7 +55,7 @@ async def test_a_wrong_encoder_is_found_out(caplog: pytest.LogCaptureFixture) ->
     tokenizer.encoder = CheckedEncoder(OneOff(exact), exact)
     pipeline.forget()
     assert await model.run(lambda: tokens(pipeline), 0) != right
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while await model.run(lambda: tokens(pipeline), 0) != right:
             await asyncio.sleep(0)
     assert metrics.registry.get_sample_value("kvatlas_router_encoder_differences_total") == 1

@@ -25,7 +25,7 @@ def told(message: pb.Observation) -> list[str]:
 
 
 async def taken(outbox: Outbox) -> list[str]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         return told(await outbox.take())
 
 

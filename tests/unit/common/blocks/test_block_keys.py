@@ -59,7 +59,7 @@ def prompts(draw: st.DrawFn) -> tuple[int, list[int]]:
     return size, (seed * (length // len(seed) + 1))[:length]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     prompt=prompts(),
     hashed=st.tuples(st.sampled_from(Algorithm), st.sampled_from(ExtraKeys)),

@@ -47,7 +47,7 @@ class Names:
 async def watching(*written: str, names: Names | None = None) -> AsyncIterator[AsyncIterator[Engines]]:
     sources = [parse_source(text) for text in written]
     resolve = (names or Names({})).resolve
-    async with aclosing(watch(sources, refresh_s=SOON_S, resolve=resolve)) as found, asyncio.timeout(5):
+    async with aclosing(watch(sources, refresh_s=SOON_S, resolve=resolve)) as found, asyncio.timeout(30):
         yield found
 
 

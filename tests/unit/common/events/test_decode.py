@@ -372,7 +372,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     return bytes(payload)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.one_of(st.binary(max_size=200), mutated()))
 def test_no_bytes_raise_anything_else(payload: bytes) -> None:
     with contextlib.suppress(MalformedBatch):
@@ -415,7 +415,7 @@ def has_unreadable_tokens(found: EventBatch | str) -> bool:
     return False
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.one_of(mutated(), st.builds(lambda events, tail: pack([1.0, events, *tail]), WELL | NOT_WELL, TAILS)),
     st.sampled_from([b"\x92", b"\x93", b"\x9f"]),

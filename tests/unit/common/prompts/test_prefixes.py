@@ -53,7 +53,7 @@ def check_books(cache: PrefixCache) -> None:
 
 
 @given(st.lists(st.tuples(PIECES, LABELS, st.integers(0, 3)), max_size=30), st.sampled_from([0, 3_000, 9_000, 1 << 20]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_equal_to_the_plain_way(
     prompts: list[tuple[list[Piece], tuple[HashProfile, PromptExtras], int]], room: int
 ) -> None:

@@ -57,7 +57,7 @@ TURN = st.tuples(
 
 
 @given(conversations=st.lists(st.lists(TURN, min_size=1, max_size=5), min_size=1, max_size=6), salted=st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @pytest.mark.parametrize("model", ["tiny", "llama_like"])
 def test_remembered_prompts_equal_fresh_ones(pipeline: Any, model: str, conversations: Any, salted: bool) -> None:
     extras = SALTED if salted else PromptExtras()

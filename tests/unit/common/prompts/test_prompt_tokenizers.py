@@ -87,7 +87,7 @@ def test_which_tokenizers_may_be_cut(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(text=TEXTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_pieces_have_the_tokens_of_the_whole(kind: str, text: str) -> None:
     tokenizer, special = BUILT[kind]
     pieces = special.pieces(text)
@@ -98,7 +98,7 @@ def test_pieces_have_the_tokens_of_the_whole(kind: str, text: str) -> None:
 
 @pytest.mark.parametrize("kind", EXACT)
 @given(text=TEXTS, other=TEXTS, data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_stable_text_keeps_its_tokens_whatever_follows(kind: str, text: str, other: str, data: st.DataObject) -> None:
     tokenizer, special = BUILT[kind]
     known = data.draw(st.integers(0, len(text)))

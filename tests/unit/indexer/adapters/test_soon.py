@@ -27,7 +27,7 @@ async def _done_once() -> None:
     soon = Soon(act, gap_s=0.05)
     for delay_s in (30.0, 0.0, 0.0, 20.0):
         soon.within(delay_s)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         await done.wait()
         done.clear()
         soon.within(0.0)

@@ -213,4 +213,4 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_it_agrees_with_the_oracle() -> None:
-    run_state_machine_as_test(Machine, settings=settings(max_examples=150, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(Machine, settings=settings(max_examples=80, stateful_step_count=30, deadline=None))

@@ -77,7 +77,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(rules, doubtful, settled, draw(st.sampled_from([4, 16])), draw(st.sampled_from([0, 0, 0, 1, 2])))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(cases(), min_size=1, max_size=4), st.integers(0, len(PROMPT)))
 def test_every_engine_is_matched_by_the_rule(engines: list[Case], length: int) -> None:
     residency = Residency()

@@ -112,7 +112,7 @@ lives = st.tuples(
 steps = st.lists(lives, min_size=1, max_size=4).map(lambda found: [s for life in found for part in life for s in part])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(partitions=st.integers(1, 3), script=steps)
 def test_owners_may_die_at_any_time(partitions: int, script: list[tuple[str, int, int]]) -> None:
     """Against one that sees all and lives."""

@@ -77,7 +77,7 @@ STEPS = st.lists(
 ).filter(lambda steps: steps.count(("lose",)) <= 8)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(STEPS)
 def test_healing_is_what_the_naive_model_says(steps: list[Any]) -> None:
     shard, naive = Shard(joined=5), Naive()
