@@ -74,7 +74,9 @@ class SetUp:
             assert not reply.error, reply
 
     async def until_heard(self, *engines: SimulatedEngine) -> None:
-        """Works until the indexer has applied something of each: what is published before it listens, nobody hears."""
+        """Works until the indexer has applied something of each that it dials, and not from a replay alone."""
+        for engine in engines:
+            await until(lambda engine=engine: engine.publisher().subscribed, "the indexer to subscribe")  # type: ignore[misc]
 
         async def look() -> bool:
             await self.work(*engines)
