@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -217,6 +218,22 @@ async def test_an_indexer_that_goes_and_comes_back() -> None:
         await indexer.start()
         await eventually(lambda: run.router.index.available, "back")
         assert (await run.post("/v1/completions", TOKENS))[1]["x-kvatlas-reason"] == "precise"
+
+
+async def test_what_became_of_requests_while_an_indexer_was_away_is_told_when_it_is_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    indexer = ScriptedIndexer()
+    async with fleet(indexer) as (run, _, _):
+        for _ in range(3):  # streams that end leave nothing behind that takes what is to be told
+            await indexer.stop()
+            await eventually(lambda: not run.router.index.available, "lost")
+            indexer.observed.clear()
+            assert (await run.post("/v1/completions", TOKENS))[0] == 200
+            await indexer.start()
+            await eventually(lambda: Finished in map(type, indexer.observed), "its end to be told")
+        gc.collect()
+    assert "was destroyed" not in caplog.text
 
 
 async def test_a_second_indexer_answers_for_one_that_hangs() -> None:

@@ -47,6 +47,17 @@ async def is_at_once(outbox: Outbox) -> bool:
     return done
 
 
+async def test_what_could_not_be_told_is_told_again_first_and_one_by_one_where_that_is_needed() -> None:
+    reports = [first_token(), routed(), first_token()]
+    outbox = filled(*reports)
+    message = await outbox.take()
+    outbox.put(later := routed())
+    outbox.put_back(message)
+    outbox.many = False
+    names = [report.request_id for report in [*reports, later]]
+    assert [await taken(outbox) for _ in names] == [[name] for name in names]
+
+
 async def test_where_a_request_was_sent_is_told_at_once_and_the_rest_soon() -> None:
     assert await is_at_once(filled(routed()))
     outbox = filled(token := first_token())

@@ -16,7 +16,7 @@ import contextlib
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -38,7 +38,7 @@ from kvatlas_common.wire import (
 )
 from kvatlas_common.words import EngineId
 from kvatlas_router.adapters import background
-from kvatlas_router.adapters.match_stream import MatchStream, Refused
+from kvatlas_router.adapters.match_stream import CALL_IS_OVER, MatchStream, Refused
 from kvatlas_router.adapters.metrics import Metrics
 from kvatlas_router.adapters.open_requests import OpenRequests
 from kvatlas_router.adapters.outbox import Outbox
@@ -53,13 +53,13 @@ ROUTER_METADATA = "kvatlas-router"
 READS_MANY = ("kvatlas-reports", "many")
 SHARDS_MAX = 64
 RESOLVE_EVERY_S = 10.0
-_RECONNECT_S = (0.1, 5.0)
+_RECONNECT_S = (0.1, 0.5)
 _OPTIONS = (
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 3_000),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.max_receive_message_length", 64 * 1024 * 1024),
     ("grpc.use_local_subchannel_pool", 1),
 )
@@ -166,24 +166,32 @@ class Shard:
 
     async def _report(self, connected: Callable[[], None]) -> None:
         self._outbox.many = False
-        call = self._stub.Observe(self._observations(connected), metadata=((ROUTER_METADATA, self._router),))
+        call = self._stub.Observe(metadata=((ROUTER_METADATA, self._router),))
         hearing = background.start(self._hear_what_it_reads(call), f"what {self.address} reads")
+        telling = background.start(self._tell(call, connected), f"telling {self.address}")
         try:
             await call
         finally:
+            await background.stop(telling)
             await background.stop(hearing)
 
     async def _hear_what_it_reads(self, call: grpc.aio.StreamUnaryCall[Any, Any]) -> None:
         with contextlib.suppress(grpc.aio.AioRpcError):  # which whoever reports is told
             self._outbox.many = READS_MANY in map(tuple, await call.initial_metadata() or ())
 
-    async def _observations(self, connected: Callable[[], None]) -> AsyncIterator[pb.Observation]:
-        for message in self._open_requests.again():
-            yield message
-        while True:
-            message = await self._outbox.take()
-            yield message
-            connected()
+    async def _tell(self, call: grpc.aio.StreamUnaryCall[Any, Any], connected: Callable[[], None]) -> None:
+        """Until the call is over. Given an iterator, gRPC would wait for more of it even then, and lose that."""
+        with contextlib.suppress(*CALL_IS_OVER):
+            for message in self._open_requests.again():
+                await call.write(message)
+            while True:
+                message = await self._outbox.take()
+                try:
+                    await call.write(message)
+                except BaseException:
+                    self._outbox.put_back(message)
+                    raise
+                connected()
 
     async def _forever(self, what: str, run: Callable[[Callable[[], None]], Coroutine[Any, Any, None]]) -> None:
         """Runs a stream again whenever it ends, with a growing pause until it has connected once more."""

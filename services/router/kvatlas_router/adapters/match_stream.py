@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
 import grpc.aio
 
 from kvatlas_common.proto.kvatlas.v1 import index_pb2 as pb
+from kvatlas_router.adapters import background
 
 log = logging.getLogger(__name__)
 
 ASKED_MAX = 1024  # lookups that the shard has not taken in yet
-_RECONNECT_S = (0.1, 5.0)
+_RECONNECT_S = (0.1, 0.5)
 _NOT_THERE_S = 60.0  # after a shard has said that it has no such stream
+CALL_IS_OVER = (grpc.aio.AioRpcError, asyncio.InvalidStateError)
+"""What writing to a call then raises."""
+
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
@@ -39,7 +42,7 @@ class MatchStream:
     def __init__(self, stub: Any) -> None:
         self._stub = stub
         self._number = 0
-        self._asked: _Asked | None = None  # None: it is not up
+        self._asked: asyncio.Queue[pb.StreamedMatch] | None = None  # what is to be sent; None: it is not up
         self._waiting: dict[int, asyncio.Future[pb.StreamedMatchAnswer]] = {}
 
     @property
@@ -86,8 +89,9 @@ class MatchStream:
             await asyncio.sleep(pause)
 
     async def _answers(self) -> None:
-        asked = _Asked(ASKED_MAX)
-        call = self._stub.MatchStream(asked)
+        asked: asyncio.Queue[pb.StreamedMatch] = asyncio.Queue(ASKED_MAX)
+        call = self._stub.MatchStream()
+        asking = background.start(_ask(call, asked), "asking for matches")
         try:
             await call.initial_metadata()
             if not call.done():
@@ -98,6 +102,7 @@ class MatchStream:
                     waiting.set_result(answer)
         finally:
             call.cancel()
+            await background.stop(asking)
 
     def _lost(self) -> None:
         self._asked = None
@@ -106,11 +111,13 @@ class MatchStream:
                 waiting.set_exception(Refused(grpc.StatusCode.UNAVAILABLE, "the stream of lookups was lost"))
 
 
-class _Asked(asyncio.Queue[pb.StreamedMatch]):
-    """What is to be sent. Not a generator: gRPC drops one at any point, and closing it then fails."""
-
-    def __aiter__(self) -> AsyncIterator[pb.StreamedMatch]:
-        return self
-
-    async def __anext__(self) -> pb.StreamedMatch:
-        return await self.get()
+async def _ask(call: Any, asked: asyncio.Queue[pb.StreamedMatch]) -> None:
+    """Until the call is over. Given an iterator, gRPC would wait for more of it even then."""
+    while True:
+        request = await asked.get()
+        try:
+            await call.write(request)
+        except CALL_IS_OVER:
+            return
+        except Exception:  # a defect here or in grpc must not keep the others from being asked
+            log.exception("a lookup cannot be sent")

@@ -49,6 +49,13 @@ class Outbox:
             self._due.clear()
         return message
 
+    def put_back(self, message: pb.Observation) -> None:
+        """One that was taken and could not be told: the next that is taken."""
+        also = list(message.also)
+        del message.also[:]
+        self._reports.extendleft(reversed([message, *also]))
+        self._due.set()
+
     def _together(self, first: pb.Observation) -> pb.Observation:
         message = pb.Observation()
         message.CopyFrom(first)  # it is kept elsewhere too
