@@ -164,6 +164,13 @@ def test_a_removal_takes_one_doubtful_copy(store: Residency) -> None:
     assert store.table(A) == {}
 
 
+def test_a_doubtful_block_removed_twice_at_once_is_missed_once(store: Residency) -> None:
+    store.store(A, 0, CPU, [1])
+    store.doubt(A, 1.0)
+    assert store.remove(A, 0, CPU, [1, 1]) == 1
+    assert store.table(A) == {}
+
+
 def test_doubts_are_bounded_and_the_oldest_goes_first(store: Residency) -> None:
     for at in range(DOUBTS_MAX + 3):
         store.store(A, 0, GPU, [at])

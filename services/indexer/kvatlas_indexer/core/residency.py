@@ -86,8 +86,7 @@ class Residency:
             elif not holders & doubt_mask:
                 missing += len(some)
             else:
-                for key in some:
-                    self._remove_doubtful(place, key)
+                missing += sum(not self._remove_doubtful(place, key) for key in some)
         if self.journal is not None:
             self.journal.touch(slot, keys)
         return missing
@@ -322,8 +321,8 @@ class Residency:
         self._blocks.put(key, self._blocks.get(key) & ~slot.bit)
         self._touch(slot, key)
 
-    def _remove_doubtful(self, place: Place, key: int) -> None:
-        """One copy less of a doubtful block: as long as there may be another, it stays doubtful."""
+    def _remove_doubtful(self, place: Place, key: int) -> bool:
+        """One copy less of a doubtful block: while there may be another it stays doubtful. False: there is none."""
         holders = self._blocks.get(key)
         for slot in place.doubts:
             if holders & slot.bit:
@@ -333,7 +332,8 @@ class Residency:
                     slot.blocks -= 1
                     self._blocks.put(key, holders & ~slot.bit)
                 self._touch(slot, key)
-                return
+                return True
+        return False
 
     def _rename(self, slot: Slot, old: int, new: int) -> None:
         holders = self._blocks.get(old)
