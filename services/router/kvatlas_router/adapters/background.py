@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Coroutine
 
@@ -17,10 +16,9 @@ def start(job: Coroutine[object, object, None], name: str) -> asyncio.Task[None]
 
 
 async def stop(task: asyncio.Task[None]) -> None:
-    """Cancels it and waits for its end; a defect was logged when it ended by it."""
+    """Cancels it and waits for its end; a defect was logged when it ended by it. Who waits may be cancelled itself."""
     task.cancel()
-    with contextlib.suppress(asyncio.CancelledError, Exception):
-        await task
+    await asyncio.wait([task])
 
 
 def _ended(task: asyncio.Task[None]) -> None:
