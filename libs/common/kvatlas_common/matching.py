@@ -53,7 +53,9 @@ class PlainMatches(NamedTuple):
 
     def without(self, these: Sequence[bool]) -> PlainMatches:
         kept = [not is_one for is_one in these]
-        return PlainMatches(*(list(compress(column, kept)) for column in self))  # type: ignore[arg-type]
+        return PlainMatches(
+            list(compress(self.engines, kept)), list(compress(self.blocks, kept)), list(compress(self.exact, kept))
+        )
 
 
 _NONE = PlainMatches()

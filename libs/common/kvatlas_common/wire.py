@@ -61,14 +61,13 @@ def match_request(
     engines: Iterable[EngineId] = (),
     *,
     estimate: bool = False,
-    reads_plain: bool = True,
 ) -> pb.MatchRequest:
     return pb.MatchRequest(
         model=model,
         prompts=[pb.PromptKeys(profile=profile, keys=pack_keys(keys)) for profile, keys in prompts.items()],
         engines=[str(e) for e in engines],
         estimate=estimate,
-        reads_plain=reads_plain,
+        reads_plain=True,  # as `match_answer` does
     )
 
 
